@@ -1,0 +1,28 @@
+"""U-ViT-S/2 on CIFAR-10, unconditional: 44.26 M parameters, 12.20 GMACs a forward.
+
+U-ViT (2209.12152) reports FID 3.11 (50,000 samples). With the published weights and statistics:
+    python eval.py --config=configs/cifar10_uvit_small.py --checkpoint=cifar10_uvit_small.pth --seeds=0-49999 \
+        --out=outputs/cifar10_uvit_small.json --config.eval.metrics=fid \
+        --config.eval.reference=fid_stats_cifar10_train_pytorch.npz
+Train from scratch (fp16):
+    accelerate launch --mixed_precision fp16 train.py --config=configs/cifar10_uvit_small.py --workdir=runs/cifar10_uvit_small
+"""
+
+from libs.defaults import base_config, uvit_backbone
+from libs.methods import METHODS, apply_methods
+
+
+def get_config(methods: str = ""):
+    config = base_config()
+    config.seed = 1234
+    config.compute.update(precision="fp16", rows=64)
+    config.backbone = uvit_backbone(32, 2, 512, 12, 8)
+    config.schedule = {"name": "vp_linear"}
+    config.denoiser.update(prediction="eps", time_input="999t")
+    config.sampler.update(name="euler_sde", steps=1000, grid="uniform", t_end=0.0)
+    config.train.update(
+        steps=500_000, batch_size=128, lr=2e-4, betas=(0.99, 0.999), weight_decay=0.03, warmup=2500, ema=0.9999,
+    )
+    config.eval.metrics = ("fid",)
+    apply_methods(config, methods, METHODS)
+    return config

@@ -1,0 +1,104 @@
+"""From config names to objects: the only module that knows both."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoint as checkpoints
+from .backbones.attention import set_attention
+from .codecs import make_codec
+from .denoiser import TARGETS, TIME_INPUTS, Denoiser
+from .errors import UserError, choose
+from .generate import Chain
+from .policies import POLICIES
+from .samplers import grid_orders, make_sampler
+from .schedule import Schedule, make_schedule, time_grid
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODEL_SECTIONS = ("backbone", "schedule", "denoiser", "cond", "codec")  # what a checkpoint says of itself
+
+
+def describe(config: Mapping) -> dict[str, Any]:
+    """The sections that a checkpoint keeps in its metadata, as plain JSON-able dicts."""
+    plain = {name: config[name].to_dict() if hasattr(config[name], "to_dict") else dict(config[name])
+             for name in MODEL_SECTIONS}
+    plain["image"] = {"size": config["data"]["image_size"], "channels": config["data"]["channels"]}
+    return plain
+
+
+def make_denoiser(net, description: Mapping, precision: str = "fp32",
+                  device: torch.device | None = None) -> Denoiser:
+    """The denoiser that a description asks for, around `net` (a backbone or a policy)."""
+    section, schedule = description["denoiser"], make_schedule(**description["schedule"])
+    choose("denoiser.prediction", section["prediction"], TARGETS)
+    choose("denoiser.time_input", section["time_input"], TIME_INPUTS)
+    if section["time_input"] in ("step", "index") and schedule.steps is None:
+        raise UserError(f"denoiser.time_input={section['time_input']!r} needs a discrete schedule, "
+                        f"not {description['schedule']['name']}")
+    dtype = choose("compute.precision", precision, DTYPES)
+    autocast = None
+    if dtype is not None:
+        autocast = partial(torch.autocast, (device or torch.device("cpu")).type, dtype=dtype)
+    return Denoiser(net, schedule, section["prediction"], section["time_input"], autocast)
+
+
+def load_model(config: Mapping, name: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """(backbone, description) of the checkpoint `name`, or of the config's own.
+
+    A file that describes itself wins over the config's schedule, denoiser, cond and codec sections; its
+    architecture must be the config's.
+    """
+    path = checkpoints.resolve(name or config["checkpoint"])
+    own = describe(config)
+    net, held = checkpoints.load_described(path, own["backbone"])
+    return net, {**own, **held}
+
+
+def prepare_backbone(net: nn.Module, compute: Mapping, device: torch.device) -> nn.Module:
+    """The network on its device, with the attention and the compilation that `compute` asks for."""
+    if compute["attention"] != "sdpa":
+        set_attention(net, compute["attention"])
+    net = net.to(device)
+    return torch.compile(net) if compute["compile"] else net
+
+
+def make_times(section: Mapping, schedule: Schedule):
+    """The grid ts (steps + 1,) of a config's `sampler` section."""
+    orders = grid_orders(section["name"], section["steps"], section["order"])
+    return time_grid(section["grid"], section["steps"], schedule, section["t_start"], section["t_end"], orders)
+
+
+def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: torch.device) -> Chain:
+    """Every link of the chain around `net`, which `prepare_backbone` has put on the device."""
+    section, cond = config["sampler"], description["cond"]
+    sampler = make_sampler(**section)
+    policy = make_policy(config["policy"], net)
+    denoiser = make_denoiser(policy, description, config["compute"]["precision"], device)
+    codec = make_codec(description["codec"])
+    null_label = cond["null_label"] if cond["null_label"] >= 0 else None
+    if section["cfg_scale"] != 1 and null_label is None:
+        raise UserError(f"sampler.cfg_scale={section['cfg_scale']}: this model has no null class to guide "
+                        "against; use 1.0")
+    threshold = None
+    if choose("sampler.threshold", section["threshold"], ("none", "static", "dynamic")) != "none":
+        value = section["threshold_value"]
+        if section["threshold"] == "dynamic" and not 0 < value < 1:
+            raise UserError(f"sampler.threshold_value={value}: a dynamic threshold is a quantile between 0 and 1")
+        threshold = section["threshold"], value
+    if config["compute"]["rows"] < 1:
+        raise UserError(f"compute.rows={config['compute']['rows']} must be at least 1")
+    image = description["image"]
+    return Chain(policy=policy, denoiser=denoiser, sampler=sampler,
+                 ts=make_times(section, denoiser.schedule), codec=codec,
+                 shape=codec.latent_shape(image["size"], image["channels"]), device=device,
+                 null_label=null_label, num_classes=cond["num_classes"], cfg_scale=section["cfg_scale"],
+                 threshold=threshold, rows=config["compute"]["rows"])
+
+
+def make_policy(section: Mapping, net: nn.Module):
+    """The policy of a config section: `name`, the rest its own arguments."""
+    options = dict(section)
+    return choose("policy.name", options.pop("name"), POLICIES)(net, **options)

@@ -1,0 +1,196 @@
+"""Folders of image files: list, decode, crop, resize, and keep the result for the next time."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from absl import logging
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import UserError
+from .files import atomic_path, reason
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
+CHUNK_BYTES = 1 << 20  # decoded bytes that one task of a reading process returns
+PARALLEL_FROM = 2000  # fewer images than this are read faster than processes start
+
+
+def list_images(root: str | Path, field: str = "data.path") -> list[str]:
+    """Names, relative to `root` and sorted, of all image files below it; hidden ones are left out.
+
+    Raises UserError, naming `field`, where there is no folder or no image.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{field}={str(root)!r} is not a folder")
+    found = []
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        names = [name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+        # Strings, since a Path for each of a million images takes its time.
+        prefix = "" if folder == str(root) else os.path.relpath(folder, root).replace(os.sep, "/") + "/"
+        found += [prefix + name for name in names]
+    if not found:
+        raise UserError(f"{field}={str(root)!r} holds no images ({', '.join(EXTENSIONS)})")
+    return sorted(found)
+
+
+def read_folder(
+    root: Path, names: list[str], image_size: int, channels: int, workers: int = 0, cache: bool = True
+) -> Tensor:
+    """The files `root/name` as uint8 (n, image_size, image_size, channels), in the order given.
+
+    workers: reading processes; 0 chooses by the number of cores.
+    cache: keep the decoded array in one hidden file in `root`, valid as long as names, sizes and times of the
+        files are the same. A folder that cannot be written is no error, only slower the next time.
+    Raises UserError for an image that is unreadable or smaller than image_size.
+    """
+    stored = _cache_file(root, names, image_size, channels) if cache else None
+    if stored is not None and stored.is_file():
+        # Copy-on-write pages: processes on one machine share them, and nothing is read before it is needed.
+        # ValueError: the file is damaged, so it is made again.
+        with contextlib.suppress(ValueError):
+            return torch.from_numpy(np.load(stored, mmap_mode="c"))
+    array = _decode_all([f"{root}/{name}" for name in names], image_size, channels, workers)
+    if stored is not None:
+        _store(stored, array)
+    return torch.from_numpy(array)
+
+
+def folder_batches(
+    path: str | Path,
+    batch_size: int,
+    channels: int = 3,
+    image_size: int | None = None,
+    field: str = "data.path",
+) -> Iterator[Tensor]:
+    """Yield the images of a folder as uint8 (b, h, w, c), sorted by path, without holding all of them.
+
+    image_size: centre crop and resize as in training; None keeps the pixels as they are, and then all sizes
+        must be equal.
+    """
+    files = [f"{path}/{name}" for name in list_images(path, field)]
+    size = image_size or _first_size(files[0], field)
+    for start in range(0, len(files), batch_size):
+        yield torch.from_numpy(
+            np.stack([decode(f, size, channels, field) for f in files[start : start + batch_size]])
+        )
+
+
+def decode(path: str, size: int | tuple[int, int], channels: int, field: str = "data.path") -> np.ndarray:
+    """One image file as uint8 (h, w, channels).
+
+    size: an int crops the centre to the short side and resizes to size x size (Lanczos, antialiased), never
+        enlarging; (width, height) demands exactly that size. Transparent parts are laid on white.
+    """
+    image = _open(path, field)
+    if isinstance(size, tuple) and image.size != size:
+        raise UserError(
+            f"{field}: {path} is {_by(image.size)} but the first image is {_by(size)}; sizes must be equal"
+        )
+    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grays at 255
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert(MODES[channels])
+    if isinstance(size, int):
+        image = _crop_and_resize(image, size, path)
+    return np.array(image).reshape(image.height, image.width, channels)
+
+
+def _open(path: str, field: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            return image
+    # Pillow reports broken files by any of these, depending on the format.
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{field}: {path} cannot be read as an image ({reason(error)})") from error
+
+
+def _first_size(path: str, field: str) -> tuple[int, int]:
+    return _open(path, field).size
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _crop_and_resize(image: Image.Image, size: int, path: str) -> Image.Image:
+    short = min(image.size)
+    if short < size:
+        raise UserError(
+            f"data.image_size={size}: {path} is only {_by(image.size)}, and images are not enlarged"
+        )
+    left, top = (image.width - short) // 2, (image.height - short) // 2
+    image = image.crop((left, top, left + short, top + short))
+    return image if short == size else image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def _decode_chunk(files: list[str], image_size: int, channels: int) -> np.ndarray:
+    return np.stack([decode(path, image_size, channels) for path in files])
+
+
+def _decode_all(files: list[str], image_size: int, channels: int, workers: int) -> np.ndarray:
+    array = np.empty((len(files), image_size, image_size, channels), np.uint8)
+    step = max(1, CHUNK_BYTES // array[0].nbytes)
+    chunks = [files[start : start + step] for start in range(0, len(files), step)]
+    task = partial(_decode_chunk, image_size=image_size, channels=channels)
+    workers = workers or min(8, os.cpu_count() or 1)
+    done = 0
+    with tqdm(total=len(files), desc="reading images", unit="image", delay=1) as bar:
+        for part in _parallel(task, chunks, workers if len(files) >= PARALLEL_FROM else 1):
+            array[done : done + len(part)] = part
+            done += len(part)
+            bar.update(len(part))
+    return array
+
+
+def _parallel(task, chunks: list, workers: int) -> Iterator[np.ndarray]:
+    """`map(task, chunks)` in order. By processes, since small PNGs hold Python's lock while they decode."""
+    if workers <= 1:
+        yield from map(task, chunks)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        try:
+            yield from pool.map(task, chunks)
+        except BrokenExecutor as error:
+            raise UserError(
+                f"data.workers={workers}: a reading process died (out of memory?); try 1"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _cache_file(root: Path, names: list[str], image_size: int, channels: int) -> Path:
+    """Where the decoded array of exactly these files would be stored."""
+    digest = hashlib.sha256()
+    for name in names:
+        status = os.stat(f"{root}/{name}")
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return root / f".images_{image_size}x{channels}_{digest.hexdigest()[:16]}.npy"
+
+
+def _store(stored: Path, array: np.ndarray) -> None:
+    """Write the array, and remove what is stored of an older state of the folder."""
+    try:
+        with atomic_path(stored) as temporary, open(temporary, "wb") as file:
+            np.save(file, array)
+        for outdated in stored.parent.glob(stored.name.rsplit("_", 1)[0] + "_*.npy"):
+            if outdated != stored:
+                outdated.unlink()
+    except (UserError, OSError) as error:
+        logging.info("the images will be read again next time: %s", error)
+        return
+    logging.info("kept the decoded images in %s", stored)

@@ -1,0 +1,87 @@
+"""A data set in memory, from which the training loop takes batches by index."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from absl import logging
+from torch import Tensor
+
+# Share of the device's free memory that a data set may take; the rest is for the model and its activations.
+DEVICE_SHARE = 0.4
+
+
+@dataclasses.dataclass
+class ImageData:
+    """uint8 images with optional labels.
+
+    images: uint8 (n, h, w, c), on the compute device when they fit there, else in host memory.
+    labels: int64 (n,), or None when the data has none.
+    class_names: name of label 0, 1, ..., or None.
+    device: where `batch` puts its results; None stands for the device of `images`.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] | None = None
+    device: torch.device | None = None
+
+    def __post_init__(self):
+        assert self.images.dtype == torch.uint8, self.images.dtype
+        assert self.images.ndim == 4, self.images.shape
+        assert self.labels is None or (
+            self.labels.dtype == torch.int64 and self.labels.shape == self.images.shape[:1]
+        )
+        self.device = self.images.device if self.device is None else torch.device(self.device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of one image."""
+        return tuple(self.images.shape[1:])
+
+    def fits_on(self, device: torch.device | str) -> bool:
+        """Whether all images fit in the share of the device's free memory that is meant for data."""
+        device = torch.device(device)
+        if device.type != "cuda":
+            return True
+        free, _ = torch.cuda.mem_get_info(device)
+        return self.images.nbytes <= DEVICE_SHARE * free
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """The same data with batches on `device`; the images move there too when they fit."""
+        device = torch.device(device)
+        images = self.images
+        if self.fits_on(device):
+            images = images.to(device)
+        else:
+            logging.info(
+                "%d images (%.1f GB) stay in host memory: too many for %s",
+                len(self),
+                images.nbytes / 1e9,
+                device,
+            )
+        labels = None if self.labels is None else self.labels.to(device)
+        return ImageData(images, labels, self.class_names, device)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images uint8 (b, h, w, c) and labels int64 (b,) or None, on the compute device.
+
+        indices: int64 (b,). Indices in host memory avoid a wait for the device when the images are kept
+            there.
+        """
+        labels = (
+            None if self.labels is None else self.labels[indices.to(self.labels.device, non_blocking=True)]
+        )
+        if self.images.device == self.device:
+            return self.images[indices.to(self.device, non_blocking=True)], labels
+        return self._host_rows(indices.cpu()).to(self.device, non_blocking=True), labels
+
+    def _host_rows(self, indices: Tensor) -> Tensor:
+        """Rows gathered into page-locked memory, from which the copy to a GPU runs beside the computation."""
+        pinned = self.device.type == "cuda"
+        rows = torch.empty((len(indices), *self.image_shape), dtype=torch.uint8, pin_memory=pinned)
+        return torch.index_select(self.images, 0, indices, out=rows)

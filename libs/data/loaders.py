@@ -1,0 +1,176 @@
+"""Data sets by name: `load_data("cifar10", path, image_size=32, channels=3)`."""
+
+import dataclasses
+import tarfile
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError, choose
+from .files import reason
+from .folder import MODES, list_images, read_folder
+from .image_data import ImageData
+
+# The order of CIFAR-10's own labels 0 to 9.
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataRequest:
+    """What `load_data` was asked for; each field is the config's `data.<field>`."""
+
+    path: str
+    image_size: int
+    channels: int
+    split: str
+    labels: str
+    download: bool
+    cache: bool
+    workers: int
+
+
+def load_data(
+    name: str,
+    path: str | Path = "",
+    image_size: int = 32,
+    channels: int = 3,
+    split: str = "train",
+    labels: str = "none",
+    download: bool = False,
+    cache: bool = True,
+    workers: int = 0,
+) -> ImageData:
+    """Read a data set into host memory, as uint8 images (n, image_size, image_size, channels).
+
+    name: one of READERS.
+    path: folder of the data; `digits` needs none.
+    split: "train" or "test"; for image folders a sub-folder of that name, where there is one.
+    labels: for name="folder" only: "folders" makes each sub-folder a class (names sorted), "none" gives no
+        labels. The other data sets bring their own.
+    download: lets torchvision fetch CIFAR-10 into `path`.
+    cache: keep decoded images in one hidden file in the image folder, for the next time.
+    workers: processes that read image files; 0 chooses by the number of cores.
+    Raises UserError, naming the field, for everything that a user can get wrong.
+    """
+    reader = choose("data.name", name, READERS)
+    choose("data.channels", channels, list(MODES))
+    choose("data.split", split, ["train", "test"])
+    choose("data.labels", labels, ["none", "folders"])
+    if image_size < 1:
+        raise UserError(f"data.image_size={image_size} must be at least 1")
+    return reader(DataRequest(str(path), image_size, channels, split, labels, download, cache, workers))
+
+
+def read_digits(request: DataRequest) -> ImageData:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, gray values 0 to 16 spread to 0 to 255; one split."""
+    from sklearn.datasets import load_digits
+
+    _native_shape("digits", request, image_size=8, channels=1)
+    if request.split != "train":
+        raise UserError(f"data.split={request.split!r}: digits have one split, train")
+    digits = load_digits()
+    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[..., None]  # n h w 1
+    return ImageData(images, torch.from_numpy(digits.target).long(), tuple(map(str, range(10))))
+
+
+def read_cifar10(request: DataRequest) -> ImageData:
+    """CIFAR-10 from torchvision's archive or from folders `[train/]airplane/*.png`; labels in its order."""
+    _native_shape("cifar10", request, image_size=32, channels=3)
+    root = _existing_folder(request, make=request.download)
+    archive = any((root / name).exists() for name in ("cifar-10-batches-py", "cifar-10-python.tar.gz"))
+    if not archive:
+        folders = [root / request.split] + ([root] if request.split == "train" else [])
+        for folder in folders:
+            if any((folder / name).is_dir() for name in CIFAR10_CLASSES):
+                return _read_class_folders(folder, CIFAR10_CLASSES, request)
+    if archive or request.download:
+        return _read_cifar10_archive(root, request)
+    raise UserError(
+        f"data.path={request.path!r} holds neither cifar-10-batches-py, cifar-10-python.tar.gz nor "
+        f"class folders {request.split}/airplane ... truck; data.download=True fetches CIFAR-10 there"
+    )
+
+
+def read_image_folder(request: DataRequest) -> ImageData:
+    """Any folder of images, centre-cropped and resized; labels only where the config asks for them."""
+    root = _existing_folder(request)
+    if (root / request.split).is_dir():
+        root = root / request.split
+    elif request.split != "train":
+        raise UserError(f"data.split={request.split!r}: {root} has no folder of that name")
+    if request.labels == "none":
+        return ImageData(_read(root, list_images(root), request))
+    classes = {name.split("/")[0] for name in list_images(root) if "/" in name}
+    if not classes:
+        raise UserError(f"data.labels='folders', but the images of {root} lie in no class folders")
+    return _read_class_folders(root, tuple(sorted(classes)), request)
+
+
+READERS = {"digits": read_digits, "cifar10": read_cifar10, "folder": read_image_folder}
+
+
+def _native_shape(name: str, request: DataRequest, image_size: int, channels: int) -> None:
+    if request.image_size != image_size:
+        raise UserError(
+            f"data.image_size={request.image_size}: {name} has images of {image_size}x{image_size}"
+        )
+    if request.channels != channels:
+        raise UserError(f"data.channels={request.channels}: {name} has {channels}")
+
+
+def _existing_folder(request: DataRequest, make: bool = False) -> Path:
+    if not request.path:
+        raise UserError("data.path is empty; it must name the folder of the images")
+    root = Path(request.path).expanduser()
+    if not root.is_dir() and not make:
+        raise UserError(f"data.path={request.path!r} is not a folder")
+    return root
+
+
+def _read(root: Path, names: list[str], request: DataRequest) -> torch.Tensor:
+    return read_folder(root, names, request.image_size, request.channels, request.workers, request.cache)
+
+
+def _read_class_folders(root: Path, classes: tuple[str, ...], request: DataRequest) -> ImageData:
+    """Images of `root/{class}/`, label = position in `classes`."""
+    names = list_images(root)
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = [numbers.get(name.split("/")[0]) for name in names]
+    if None in labels:
+        stray = root / names[labels.index(None)]
+        raise UserError(f"data.path: {stray} lies in none of the class folders {', '.join(classes)}")
+    present = set(labels)
+    empty = [name for name in classes if numbers[name] not in present]
+    if empty:
+        raise UserError(f"data.path={str(root)!r} has no images of the class {', '.join(empty)}")
+    return ImageData(_read(root, names, request), torch.tensor(labels), classes)
+
+
+def _read_cifar10_archive(root: Path, request: DataRequest) -> ImageData:
+    """torchvision's copy; torchvision compares the files' checksums before it reads them."""
+    try:
+        from torchvision.datasets import CIFAR10
+    # A torchvision that was built for another torch fails in any of these ways.
+    except (ImportError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"data.path={request.path!r} needs torchvision, which does not import ({reason(error)}); "
+            "install one that fits torch, or give an image folder"
+        ) from error
+    try:
+        _unpack_cifar10(root, CIFAR10)
+        data = CIFAR10(root, train=request.split == "train", download=request.download)
+    except (RuntimeError, OSError, tarfile.TarError) as error:
+        raise UserError(f"data.path={request.path!r}: CIFAR-10 cannot be read ({reason(error)})") from error
+    return ImageData(torch.from_numpy(data.data), torch.tensor(data.targets), CIFAR10_CLASSES)
+
+
+def _unpack_cifar10(root: Path, cifar10: type) -> None:
+    """Unpack an archive that was put there by hand; torchvision itself does so only when told to download."""
+    archive = root / cifar10.filename
+    if archive.exists() and not (root / cifar10.base_folder).exists():
+        from torchvision.datasets.utils import check_integrity
+
+        if not check_integrity(archive, cifar10.tgz_md5):
+            raise RuntimeError(f"{archive.name} is incomplete or damaged")
+        with tarfile.open(archive) as tar:
+            tar.extractall(root, filter="data")

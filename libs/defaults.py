@@ -1,0 +1,84 @@
+"""The fields that every config has. A file in configs/ starts from here and changes what differs."""
+
+from ml_collections import ConfigDict
+
+
+def base_config() -> ConfigDict:
+    """All sections with their defaults; `backbone` and `schedule` are filled by the config file."""
+    return ConfigDict({
+        "seed": 0,  # of training; images have seeds of their own
+        "checkpoint": "",  # weights that sample.py and eval.py use: a name in assets/checkpoints, or a path
+        "compute": {
+            "device": "auto",  # auto, cpu, cuda, cuda:1, mps
+            "precision": "fp32",  # fp32, bf16, fp16: of the network; samplers and losses stay in fp32
+            "compile": False,  # torch.compile the network
+            "attention": "sdpa",  # sdpa, xformers, plain (U-ViT)
+            "rows": 16,  # images in one call of the network when sampling
+        },
+        "backbone": {"name": "uvit"},
+        "schedule": {"name": "vp_linear"},
+        "denoiser": {"prediction": "eps", "time_input": "999t"},
+        "cond": {
+            "kind": "none",  # none, label
+            "num_classes": 0,  # labels go from 0 to num_classes - 1
+            "null_label": -1,  # the label that means no class; -1 if the network has none
+            "drop": 0.0,  # rate at which training replaces a label by the null label
+        },
+        "codec": {"name": "pixel"},
+        "data": {
+            "name": "cifar10",
+            "path": "data/cifar10",
+            "image_size": 32,
+            "channels": 3,
+            "labels": "none",  # of an image folder: none, or folders
+            "download": False,
+            "flip": True,  # horizontal flips in training
+        },
+        "policy": {"name": "full"},
+        "sampler": {
+            "name": "ddim",  # see libs/samplers
+            "steps": 50,  # network evaluations an image
+            "grid": "uniform",  # uniform, logsnr, trailing
+            "t_start": 1.0,
+            "t_end": 0.0,  # 0 is clean data; the logsnr grid needs more
+            "order": 2,  # DPM-Solver's: 1, 2, 3
+            "eta": 0.0,  # DDIM's noise: 0 none, 1 as much as DDPM
+            "variance": "small",  # DDPM's: small, large
+            "lower_order_final": True,  # DPM-Solver++ multistep, fewer than 15 steps
+            "exact_third": False,  # DPM-Solver++ multistep of order 3: see libs/samplers/dpm_solver_pp.py
+            "threshold": "none",  # of x_0: none, static, dynamic
+            "threshold_value": 1.0,  # static: clip at +-value; dynamic: the quantile
+            "cfg_scale": 1.0,  # w of uncond + w (cond - uncond); 1 is no guidance
+        },
+        "train": {
+            "steps": 500_000,  # optimizer updates
+            "batch_size": 128,  # images in an update, over all processes
+            "accumulate": 1,  # parts that a process cuts its share of the batch into
+            "lr": 2e-4,
+            "betas": (0.99, 0.999),
+            "weight_decay": 0.03,  # not on norms, biases and position embeddings
+            "warmup": 2500,  # steps from 0 to lr
+            "decay_from": 1.0,  # fraction of the steps from which lr falls linearly to 0; 1 is never
+            "clip_norm": 0.0,  # of the gradient; 0 is none
+            "ema": 0.9999,
+            "log_every": 50,
+            "save_every": 5000,
+            "keep": 2,  # newest checkpoints kept, beside the best
+            "preview_every": 5000,  # steps between pictures from the EMA; 0 is none
+            "eval_every": 0,  # steps between measurements of the EMA; 0 is none
+            "eval_images": 500,
+            "max_minutes": 0.0,  # stop cleanly after so long; 0 is no limit
+        },
+        "eval": {
+            "metrics": ("frechet_cifar10",),  # see libs/metrics
+            "reference": "",  # statistics: an npz with mu and sigma, an image folder, or empty for the default
+        },
+    })
+
+
+def uvit_backbone(img_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int,
+                  **options) -> dict:
+    """The `backbone` section of a published U-ViT; options replace what most of them share."""
+    return {"name": "uvit", "img_size": img_size, "patch_size": patch_size, "in_chans": 3,
+            "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": 4.0,
+            "qkv_bias": False, "mlp_time_embed": False, "num_classes": -1, "conv": True, "skip": True} | options

@@ -1,0 +1,152 @@
+"""The one place that knows what a network predicts (eps, x_0, v, flow) and its own unit of time.
+
+    denoise(x_t, t, cond) -> Prediction(x_0, eps)
+
+x_t is (b, c, h, w); t lies on the host in float64, a scalar () or one time a row (b,); cond is a dict with
+`y` and / or `context`, or None. The training loss and every sampler use the same object.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import choose
+from .schedule import Schedule
+
+
+class Prediction(NamedTuple):
+    """Both views of one prediction: x_t = alpha_t x_0 + sigma_t eps."""
+
+    x_0: Tensor
+    eps: Tensor
+
+
+Denoise = Callable[..., Prediction]
+
+
+def rows(c: Tensor, x: Tensor) -> Tensor:
+    """A coefficient () or (b,) made fit to multiply x (b, ...).
+
+    A scalar stays on the host: torch hands it to the kernel as a number, with no copy and no sync.
+    """
+    return c if c.dim() == 0 else c.to(x.device, x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+# What the network outputs, from x_0 and eps: for the loss.
+TARGETS = {
+    "eps": lambda x_0, eps, alpha, sigma: eps,
+    "x_0": lambda x_0, eps, alpha, sigma: x_0,
+    "v": lambda x_0, eps, alpha, sigma: alpha * eps - sigma * x_0,  # 2202.00512, appendix D
+    "flow": lambda x_0, eps, alpha, sigma: eps - x_0,
+}
+
+# And back: Prediction from x_t and the output, for any pair (alpha, sigma).
+PREDICTIONS = {
+    "eps": lambda x_t, out, alpha, sigma: Prediction((x_t - sigma * out) / alpha, out),
+    "x_0": lambda x_t, out, alpha, sigma: Prediction(out, (x_t - alpha * out) / sigma),
+    "v": lambda x_t, out, alpha, sigma: Prediction((alpha * x_t - sigma * out) / (alpha**2 + sigma**2),
+                                                   (sigma * x_t + alpha * out) / (alpha**2 + sigma**2)),
+    "flow": lambda x_t, out, alpha, sigma: Prediction((x_t - sigma * out) / (alpha + sigma),
+                                                      (x_t + alpha * out) / (alpha + sigma)),
+}
+
+# The network's own unit of time, from t and the schedule.
+TIME_INPUTS = {
+    "999t": lambda t, schedule: 999 * t,  # U-ViT, continuous
+    "1000t": lambda t, schedule: 1000 * t,
+    "step": lambda t, schedule: schedule.steps * t,  # U-ViT, discrete: 1 to N
+    "index": lambda t, schedule: schedule.steps * t - 1,  # diffusers: 0 to N - 1
+    "logsnr": lambda t, schedule: 2000 / math.pi * torch.atan(torch.exp(-schedule.lambda_(t))),  # 2202.00512
+}
+
+
+class Denoiser:
+    """A network (or a policy around one) as `denoise(x_t, t, cond)`.
+
+    net          `net(x, timesteps, y=None, context=None)`
+    prediction   what it outputs: eps, x_0, v or flow
+    time_input   its unit of time: 999t, 1000t, step (1 to N), index (0 to N - 1) or logsnr
+    autocast     a context manager factory for mixed precision, or None
+    """
+
+    def __init__(self, net, schedule: Schedule, prediction: str = "eps", time_input: str = "999t",
+                 autocast: Callable | None = None):
+        self.net, self.schedule, self.autocast = net, schedule, autocast
+        self._target = choose("denoiser.prediction", prediction, TARGETS)
+        self._predict = PREDICTIONS[prediction]
+        self._time_input = choose("denoiser.time_input", time_input, TIME_INPUTS)
+        self.prediction = prediction
+
+    def alpha_sigma(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return rows(self.schedule.alpha(t), x), rows(self.schedule.sigma(t), x)
+
+    def time_input(self, t: Tensor) -> Tensor:
+        """t in the network's unit, on the host."""
+        return self._time_input(t, self.schedule)
+
+    def output(self, x_t: Tensor, t: Tensor, cond: dict | None = None) -> Tensor:
+        """The network's raw output (b, c, h, w), in x_t's precision."""
+        time = self.time_input(t)
+        if time.dim() == 0:
+            timesteps = torch.full(x_t.shape[:1], float(time), dtype=torch.float32, device=x_t.device)
+        else:
+            timesteps = time.float().to(x_t.device)
+        if self.autocast is None:
+            return self.net(x_t, timesteps, **(cond or {}))
+        with self.autocast():
+            return self.net(x_t, timesteps, **(cond or {})).to(x_t.dtype)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: dict | None = None) -> Prediction:
+        return self._predict(x_t, self.output(x_t, t, cond), *self.alpha_sigma(t, x_t))
+
+    def diffuse(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha_t x_0 + sigma_t eps."""
+        alpha, sigma = self.alpha_sigma(t, x_0)
+        return alpha * x_0 + sigma * eps
+
+    def loss(self, x_0: Tensor, eps: Tensor, t: Tensor, cond: dict | None = None) -> Tensor:
+        """Mean squared error of the network's own output, one value a row: (b,)."""
+        alpha, sigma = self.alpha_sigma(t, x_0)
+        error = self.output(alpha * x_0 + sigma * eps, t, cond) - self._target(x_0, eps, alpha, sigma)
+        return error.float().square().flatten(1).mean(dim=1)
+
+
+def guided(denoise: Denoise, cfg_scale: float, null: dict) -> Denoise:
+    """Classifier-free guidance uncond + w (cond - uncond) with w = cfg_scale (2207.12598).
+
+    One call of 2b rows, the conditional rows first. `null` holds the unconditional `y` / `context`, (b, ...).
+    """
+    def denoise_guided(x_t: Tensor, t: Tensor, cond: dict) -> Prediction:
+        both = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
+        pair = denoise(torch.cat([x_t, x_t]), t if t.dim() == 0 else torch.cat([t, t]), both)
+        return Prediction(*(uncond + cfg_scale * (cond - uncond)
+                            for cond, uncond in (each.chunk(2) for each in pair)))
+
+    return denoise_guided
+
+
+def clip_static(x_0: Tensor, value: float) -> Tensor:
+    return x_0.clamp(-value, value)
+
+
+def clip_dynamic(x_0: Tensor, quantile: float) -> Tensor:
+    """Clip each image at s = max(1, its quantile of |x_0|), then divide by s (2205.11487, section 2.3)."""
+    s = torch.quantile(x_0.abs().flatten(1), quantile, dim=1).clamp(min=1).view(-1, *[1] * (x_0.dim() - 1))
+    return x_0.clamp(-s, s) / s
+
+
+THRESHOLDS = {"static": clip_static, "dynamic": clip_dynamic}
+
+
+def thresholded(denoise: Denoise, schedule: Schedule, name: str, value: float) -> Denoise:
+    """Thresholding of x_0: `static` at +-value, `dynamic` at the quantile `value`; eps follows from x_t."""
+    clip = choose("sampler.threshold", name, THRESHOLDS)
+
+    def denoise_thresholded(x_t: Tensor, t: Tensor, cond: dict | None = None) -> Prediction:
+        x_0 = clip(denoise(x_t, t, cond).x_0, value)
+        return Prediction(x_0, (x_t - rows(schedule.alpha(t), x_t) * x_0) / rows(schedule.sigma(t), x_t))
+
+    return denoise_thresholded

@@ -1,0 +1,23 @@
+"""The one error that a user can cause, and the sentence it prints."""
+
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input. Its text is one line that names the flag or field, the value and the choices.
+
+    Entry points print it and exit with status 2 (`cli.run`); library callers get a ValueError.
+    """
+
+
+def choose(field: str, value, choices: Iterable):
+    """Return `choices[value]` of a dict (or `value` itself, of a list), else raise a UserError that lists them.
+
+    >>> choose("sampler.name", "ddmi", {"ddim": 1, "ddpm": 2})
+    Traceback (most recent call last):
+    ...
+    libs.errors.UserError: sampler.name='ddmi' is unknown; choose from ddim, ddpm
+    """
+    if value not in choices:
+        raise UserError(f"{field}={value!r} is unknown; choose from {', '.join(map(str, choices))}")
+    return choices[value] if isinstance(choices, dict) else value

@@ -1,0 +1,90 @@
+"""Generation: seeds (and labels) -> images, through every link of the chain.
+
+Image i depends on seed i alone. Kernels give a row the same bits only at an equal number of rows, so the
+network always sees `rows` images at a time, the last group padded, whatever the batch size.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser, guided, thresholded
+from .policies import Full
+from .random import Stream, normal
+from .samplers import evaluation_times
+
+
+@dataclass
+class Chain:
+    """Backbone -> Policy -> Denoiser -> Guidance -> Sampler -> Codec, built by `build.make_chain`.
+
+    denoiser      a `Denoiser` around `policy`
+    sampler       `sampler(denoise, x_T, ts, schedule, noise)` with its options bound
+    ts            (steps + 1,) times
+    shape         (c, h, w) of x
+    null_label    the class that means no class, None for an unconditional network
+    num_classes   labels go from 0 to num_classes - 1
+    cfg_scale     w of uncond + w (cond - uncond); 1 is no guidance
+    threshold     None, or (`static`, value) or (`dynamic`, quantile)
+    rows          images in one call of the network (twice the rows under guidance)
+    """
+
+    policy: Full
+    denoiser: Denoiser
+    sampler: Callable
+    ts: Tensor
+    codec: Any
+    shape: tuple[int, int, int]
+    device: torch.device
+    null_label: int | None = None
+    num_classes: int = 0
+    cfg_scale: float = 1.0
+    threshold: tuple[str, float] | None = None
+    rows: int = 16
+    times: Tensor = field(init=False)
+
+    def __post_init__(self):
+        self.times = evaluation_times(self.sampler, self.ts, self.denoiser.schedule)
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations an image (a guided pair counts as one)."""
+        return len(self.times)
+
+    @torch.inference_mode()
+    def sample(self, seeds: list[int], labels: list[int] | None = None) -> Tensor:
+        """x_0 of up to `rows` images: (len(seeds), c, h, w) float32."""
+        count = len(seeds)
+        assert 0 < count <= self.rows, f"{count} seeds in a group of {self.rows} rows"
+        keys = torch.tensor([*seeds, *[seeds[-1]] * (self.rows - count)], device=self.device)
+        denoise = self.denoiser
+        cond = None
+        if labels is not None:
+            cond = {"y": torch.tensor([*labels, *[labels[-1]] * (self.rows - count)], device=self.device)}
+            if self.cfg_scale != 1:
+                denoise = guided(denoise, self.cfg_scale, {"y": torch.full_like(cond["y"], self.null_label)})
+        if self.threshold is not None:
+            denoise = thresholded(denoise, self.denoiser.schedule, *self.threshold)
+        guidance_rows = 2 if cond is not None and self.cfg_scale != 1 else 1
+        self.policy.start(self.denoiser.time_input(self.times), rows_per_image=guidance_rows)
+
+        x_T = normal(keys, 0, self.shape, Stream.START)
+        x_0 = self.sampler(lambda x, t: denoise(x, t, cond), x_T, self.ts, self.denoiser.schedule,
+                           noise=lambda k: normal(keys, k, self.shape, Stream.STEP))
+        return x_0[:count]
+
+    def images(self, seeds: list[int], labels: list[int] | None = None,
+               batch_size: int | None = None) -> Iterator[tuple[list[int], Tensor]]:
+        """Batches (seeds, uint8 images b h w c) of `batch_size` (default: `rows`) in the seeds' order."""
+        batch_size = batch_size or self.rows
+        for start in range(0, len(seeds), batch_size):
+            batch = seeds[start:start + batch_size]
+            groups = []
+            for i in range(start, start + len(batch), self.rows):
+                stop = min(i + self.rows, start + len(batch))
+                x_0 = self.sample(seeds[i:stop], None if labels is None else labels[i:stop])
+                groups.append(self.codec.decode(x_0))
+            yield batch, torch.cat(groups)

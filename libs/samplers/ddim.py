@@ -1,0 +1,49 @@
+"""DDIM (2010.02502) and DDPM ancestral sampling (2006.11239), for any pair (alpha, sigma)."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..denoiser import Denoise, rows
+from ..errors import choose
+from ..schedule import Schedule
+
+
+def ddim(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule: Schedule, noise: Callable | None = None,
+         eta: float = 0.0) -> Tensor:
+    """DDIM, equation 12: deterministic at eta = 0, with the posterior's variance at eta = 1."""
+    alphas, sigmas = schedule.alpha(ts), schedule.sigma(ts)
+    # sigma_{t|s}^2, the noise that the forward process adds from s = ts[i + 1] to t = ts[i]
+    sigmas_ts2 = sigmas[:-1] ** 2 - (alphas[:-1] / alphas[1:]) ** 2 * sigmas[1:] ** 2
+    stds = eta * sigmas[1:] / sigmas[:-1] * sigmas_ts2.clamp(min=0).sqrt()  # equation 16
+    directions = (sigmas[1:] ** 2 - stds**2).clamp(min=0).sqrt()
+    x = x_T
+    for i in range(len(ts) - 1):
+        x_0, eps = denoise(x, ts[i])
+        x = rows(alphas[i + 1], x) * x_0 + rows(directions[i], x) * eps
+        if stds[i].any():
+            x = x + rows(stds[i], x) * noise(i)
+    return x
+
+
+def ddpm(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule: Schedule, noise: Callable | None = None,
+         variance: str = "small") -> Tensor:
+    """Draws from q(x_s | x_t, x_0) step by step, equations 6 and 7.
+
+    variance: `small`, the posterior's (beta tilde), or `large`, the forward process's (beta).
+    """
+    choose("sampler.variance", variance, ("small", "large"))
+    alphas, sigmas = schedule.alpha(ts), schedule.sigma(ts)
+    alphas_ts = alphas[:-1] / alphas[1:]
+    sigmas_ts2 = (sigmas[:-1] ** 2 - alphas_ts**2 * sigmas[1:] ** 2).clamp(min=0)
+    from_x = alphas_ts * sigmas[1:] ** 2 / sigmas[:-1] ** 2
+    from_x_0 = alphas[1:] * sigmas_ts2 / sigmas[:-1] ** 2
+    small = sigmas_ts2.sqrt() * sigmas[1:] / sigmas[:-1]
+    stds = small if variance == "small" else sigmas_ts2.sqrt() * (sigmas[1:] > 0)  # none onto clean data
+    x = x_T
+    for i in range(len(ts) - 1):
+        x_0, _ = denoise(x, ts[i])
+        x = rows(from_x[i], x) * x + rows(from_x_0[i], x) * x_0
+        if stds[i].any():
+            x = x + rows(stds[i], x) * noise(i)
+    return x
