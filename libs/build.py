@@ -1,10 +1,12 @@
 """From config names to objects: the only module that knows both."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from ml_collections import ConfigDict
 from torch import nn
 
 from . import checkpoint as checkpoints
@@ -57,6 +59,13 @@ def load_model(config: Mapping, name: str | None = None) -> tuple[nn.Module, dic
     return net, {**own, **held}
 
 
+def adopt_sampler(config: ConfigDict, description: Mapping, overrides: Collection[str] = ()) -> None:
+    """Let a distilled student's own sampler section fill the config's, but for what the user overrode."""
+    for field, value in description.get("sampler", {}).items():
+        if f"sampler.{field}" not in overrides:
+            config.sampler[field] = value
+
+
 def prepare_backbone(net: nn.Module, compute: Mapping, device: torch.device) -> nn.Module:
     """The network on its device, with the attention and the compilation that `compute` asks for."""
     if compute["attention"] != "sdpa":
@@ -77,7 +86,7 @@ def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: to
     sampler = make_sampler(**section)
     policy = make_policy(config["policy"], net)
     denoiser = make_denoiser(policy, description, config["compute"]["precision"], device)
-    codec = make_codec(description["codec"])
+    codec = make_codec(description["codec"], device)
     null_label = cond["null_label"] if cond["null_label"] >= 0 else None
     if section["cfg_scale"] != 1 and null_label is None:
         raise UserError(f"sampler.cfg_scale={section['cfg_scale']}: this model has no null class to guide "
@@ -96,6 +105,18 @@ def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: to
                  shape=codec.latent_shape(image["size"], image["channels"]), device=device,
                  null_label=null_label, num_classes=cond["num_classes"], cfg_scale=section["cfg_scale"],
                  threshold=threshold, rows=config["compute"]["rows"])
+
+
+def load_chain(config: ConfigDict, name: str | None, device: torch.device,
+               overrides: Collection[str] = ()) -> tuple[Chain, Path]:
+    """(chain, file) of the checkpoint `name`, or of the config's own.
+
+    The config's model and sampler sections come out as the checkpoint describes them.
+    """
+    net, description = load_model(config, name)
+    adopt_sampler(config, description, overrides)
+    chain = make_chain(config, prepare_backbone(net, config["compute"], device), description, device)
+    return chain, checkpoints.resolve(name or config["checkpoint"])
 
 
 def make_policy(section: Mapping, net: nn.Module):

@@ -5,7 +5,6 @@
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .backbones import BACKBONES, UNet2D
+from .data.files import atomic_path
 from .errors import UserError, choose
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,20 +55,6 @@ def released_names() -> str:
     return ", ".join(sorted(path.stem for path in RELEASED.glob("*.safetensors"))) or "(none released)"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside `path` and rename, so that a file is either whole or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def save_backbone(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any],
                   dtype: torch.dtype | None = None) -> None:
     """Save a state dict with its description, such as `{"backbone": {...}, "schedule": {...}, ...}`.
@@ -80,7 +66,8 @@ def save_backbone(path: Path, tensors: Mapping[str, Tensor], description: Mappin
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     metadata = {"format": FORMAT, "config": json.dumps(description, sort_keys=True)}
-    write_atomically(Path(path), save({name: stored(each) for name, each in tensors.items()}, metadata))
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save({name: stored(each) for name, each in tensors.items()}, metadata))
 
 
 def read(path: str | Path, field: str = "checkpoint") -> tuple[dict[str, Tensor], dict[str, Any]]:

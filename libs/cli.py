@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ from .errors import UserError
 Body = Callable[[ConfigDict | None, SimpleNamespace], int | None]
 DefineFlags = Callable[[absl_flags.FlagValues], None]
 TakesConfig = Literal["required", "optional", "no"]
+
+PATIENCE = 10  # seconds that a process waits for the main one to tell an error
 
 # Messages of other people's code that a user can do nothing about.
 QUIET = (
@@ -59,7 +62,8 @@ def run(
 
     `define_flags(fv)` declares absl flags on a FlagValues of this call alone, so that a process can call any
     number of mains. `config` is the locked ConfigDict of --config with the --config.a.b=value overrides (None
-    if not given), `flags` holds a value per flag. The help text is the docstring of the body's module.
+    if not given), `flags` holds a value per flag and, as `overrides`, the paths of the fields that were
+    overridden. The help text is the docstring of the body's module.
 
     Returns the exit status: what the body returns, or 0; 2 after a user's mistake or an operating system's
     refusal (disk full, not writable) and 130 after Ctrl-C, both told in one line. Other exceptions are bugs.
@@ -133,20 +137,22 @@ def _run(command: Command, argv: list[str], doc: str | None) -> int:
         if config is None and command.takes_config == "required":
             raise UserError(f"--config is missing; choose from {', '.join(config_files.known_files())}")
         flags = _checked_values(fv)
+        flags.overrides = frozenset(path for path, _ in overrides)
         return command.body(config, flags) or 0
     except UserError as error:
         _print_error(str(error))
         return 2
     except KeyboardInterrupt:
-        _print_error("interrupted")
+        if is_main_process():  # Ctrl-C reaches every process
+            _print_error("interrupted")
         return 130
     except OSError as error:
-        _print_error(_describe_os_error(error, vars(flags)), every_process=True)
+        _print_error(_describe_os_error(error, vars(flags)))
         return 2
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        _print_error("out of memory; use fewer rows a call or a smaller batch", every_process=True)
+        _print_error("out of memory; use fewer rows a call or a smaller batch")
         return 2
 
 
@@ -237,12 +243,17 @@ def _rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
 
 
-def _print_error(text: str, every_process: bool = False) -> None:
-    """One line on stderr, from the main process; from each one if its cause may be in that process alone."""
-    if is_main_process():
-        print("error:", " ".join(text.split("\n")), file=sys.stderr)
-    elif every_process:
-        print(f"error (process {_rank()}):", " ".join(text.split("\n")), file=sys.stderr)
+def _print_error(text: str) -> None:
+    """One line on stderr. Where there are several processes, the main one speaks for all.
+
+    A launcher ends all processes as soon as one exits, so the others leave the main one time to speak. One
+    that is still there after that met its error alone (its disk or its GPU is full) and tells it.
+    """
+    who = ""
+    if not is_main_process():
+        time.sleep(PATIENCE)
+        who = f" (process {_rank()})"
+    print(f"error{who}:", " ".join(text.split("\n")), file=sys.stderr)
 
 
 def _describe_os_error(error: OSError, flags: dict) -> str:
@@ -267,8 +278,8 @@ class _StderrHandler(logging.StreamHandler):
 
 def _set_up_logging() -> None:
     """Short INFO lines ("I 12:30:05 step 100") on stderr from the main process; others log errors only."""
-    # On the root logger, since absl adds a handler there if it finds none, and lines would come twice. The root
-    # stays at WARNING: only absl's INFO lines are ours.
+    # On the root logger: absl adds a handler there if it finds none, and each line would come twice. The root
+    # stays at WARNING, so that other libraries' INFO lines do not show.
     if not any(isinstance(handler, _StderrHandler) for handler in logging.root.handlers):
         handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))

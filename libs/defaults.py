@@ -70,8 +70,14 @@ def base_config() -> ConfigDict:
             "max_minutes": 0.0,  # stop cleanly after so long; 0 is no limit
         },
         "eval": {
-            "metrics": ("frechet_cifar10",),  # see libs/metrics
-            "reference": "",  # statistics: an npz with mu and sigma, an image folder, or empty for the default
+            "metrics": ("frechet_cifar10",),  # see libs/evaluation.py
+            "reference": "",  # an npz with mu and sigma, an image folder, or empty: the data set (or what ships)
+            "fid_mode": "legacy_pytorch",  # U-ViT's convention; clean, legacy_tensorflow
+            "features": "cifar10_resnet",  # of precision and recall; inception
+            "cost_images": 4,  # over which GMACs are counted; more for a policy that decides by the image
+            "benchmark_rows": (1, 16),  # rows of the timed loops; 1, the latency, is always timed
+            "benchmark_steps": 0,  # sampler steps of a timed loop, 0 for all; few on a slow machine
+            "benchmark_repeats": 5,  # timed loops, after one to warm up
         },
     })
 
