@@ -111,7 +111,7 @@ def load_chain(config: ConfigDict, name: str | None, device: torch.device,
                overrides: Collection[str] = ()) -> tuple[Chain, Path]:
     """(chain, file) of the checkpoint `name`, or of the config's own.
 
-    The config's model and sampler sections come out as the checkpoint describes them.
+    A student's checkpoint brings its sampler along: it is written into `config`, but for `overrides`.
     """
     net, description = load_model(config, name)
     adopt_sampler(config, description, overrides)

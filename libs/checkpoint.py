@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .backbones import BACKBONES, UNet2D
+from .backbones import BACKBONES
 from .data.files import atomic_path
 from .errors import UserError, choose
 
@@ -27,7 +27,7 @@ FORMAT = "diffusion-shortcuts-1"
 def build_backbone(section: Mapping) -> nn.Module:
     """The network of a config's `backbone` section: `name`, the rest its constructor's arguments."""
     options = dict(section)
-    cls = choose("backbone.name", options.pop("name"), BACKBONES)
+    cls = choose("backbone.name", options.pop("name"), BACKBONES)()
     try:
         return cls(**options)
     except (TypeError, ValueError) as error:
@@ -175,6 +175,6 @@ def _load_diffusers(path: Path) -> nn.Module:
     with contextlib.suppress(OSError, json.JSONDecodeError, KeyError):
         name = json.loads((folder / "config.json").read_text())["_class_name"]
         if name in ("UNet2DModel", "UNet2D"):
-            return UNet2D.from_pretrained(folder, use_safetensors=True).eval()
+            return BACKBONES["unet2d"]().from_pretrained(folder, use_safetensors=True).eval()
         raise UserError(f"checkpoint={str(path)!r} holds a {name}; a UNet2DModel can be loaded")
     raise UserError(f"checkpoint={str(path)!r}: no training folder and no diffusers folder (config.json)")

@@ -77,6 +77,7 @@ def test_body_gets_config_and_flags(run_main, config):
     [(built, flags)] = script.calls
     assert (built.policy, built.sampler.steps, built.sampler.eta) == ("clockwork", 20, 0.0)
     assert built.is_locked
+    assert flags.overrides == {"sampler.steps"}
     assert flags.config == f"{config.removeprefix('--config=')}:clockwork"
     assert (flags.out, flags.batch_size, flags.format, flags.grid) == ("outputs", 4, "npz", False)
 

@@ -1,8 +1,24 @@
 """Networks: `net(x, timesteps, y=None, context=None) -> out`, out shaped like x (b, c, h, w)."""
 
-from .unet2d import UNet2D
+from torch import nn
+
 from .uvit import UViT
 
-BACKBONES = {"uvit": UViT, "unet2d": UNet2D}
 
-__all__ = ["BACKBONES", "UNet2D", "UViT"]
+def uvit() -> type[nn.Module]:
+    return UViT
+
+
+def unet2d() -> type[nn.Module]:
+    from .unet2d import UNet2D  # diffusers takes seconds to import; a U-ViT does without
+
+    return UNet2D
+
+
+BACKBONES = {"uvit": uvit, "unet2d": unet2d}  # name -> a function that gives the class
+
+
+def __getattr__(name: str):
+    if name == "UNet2D":
+        return unet2d()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
