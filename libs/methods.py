@@ -15,7 +15,23 @@ def full(config: ConfigDict) -> None:
     config.policy = ConfigDict({"name": "full"})
 
 
-METHODS: dict[str, Method] = {"full": full}
+def _last_time(config: ConfigDict) -> float:
+    """Where DPM-Solver stops on the logSNR grid: step 0 of a discrete schedule, 1e-4 in continuous time."""
+    return 1 / config.schedule.steps if "steps" in config.schedule else 1e-4
+
+
+def dpm_solver(config: ConfigDict) -> None:
+    """DPM-Solver-fast of order 3 as U-ViT evaluates with it (2206.00927)."""
+    config.sampler.update(name="dpm_solver", order=3, grid="logsnr", t_end=_last_time(config), threshold="none")
+
+
+def dpm_solver_pp(config: ConfigDict) -> None:
+    """DPM-Solver++ 2M with x_0 clipped (2211.01095)."""
+    config.sampler.update(name="dpm_solver_pp", order=2, grid="logsnr", t_end=_last_time(config), threshold="static",
+                          threshold_value=1.0)
+
+
+METHODS: dict[str, Method] = {"full": full, "dpm_solver": dpm_solver, "dpm_solver_pp": dpm_solver_pp}
 
 
 def apply_methods(config: ConfigDict, methods: str, table: Mapping[str, Method]) -> None:

@@ -1,10 +1,13 @@
 """Fixtures of all tests."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
 
 def pytest_configure() -> None:
@@ -35,3 +38,22 @@ def run_main(capfd) -> Callable[..., Ran]:
         return Ran(status, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory) -> Path:
+    """Random weights of the Inception network that clean-fid builds, saved as its own file would be."""
+    module = pytest.importorskip("cleanfid.inception_pytorch")
+    with (
+        mock.patch.object(module, "load_state_dict_from_url", return_value={}),
+        mock.patch.object(nn.Module, "load_state_dict"),
+        pytest.warns(UserWarning, match="pretrained"),
+    ):
+        net = module.fid_inception_v3()
+    generator = torch.Generator().manual_seed(0)
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):  # keeps the scale of the activations through 90 layers
+            nn.init.kaiming_normal_(layer.weight, generator=generator)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(net.state_dict(), path)
+    return path
