@@ -76,6 +76,9 @@ def normal(seeds: Tensor, draw: Tensor | int, shape: tuple[int, ...], stream: in
 
     The transform runs in float64, so that devices agree after rounding to float32.
     """
+    if seeds.device.type == "mps":  # which has no float64
+        draw = draw.cpu() if isinstance(draw, Tensor) else draw
+        return normal(seeds.cpu(), draw, shape, stream).to(seeds.device)
     count = math.prod(shape)
     u = uniform(seeds, draw, (2 * -(-count // 2),), stream)
     radius, angle = (-2 * u[:, 0::2].log()).sqrt(), 2 * math.pi * u[:, 1::2]
