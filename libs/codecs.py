@@ -13,7 +13,9 @@ from .errors import UserError, choose
 class Codec(Protocol):
     """What every codec offers: between images of h x w pixels, c channels, and a model space of c' h' w'."""
 
-    def encode(self, images: Tensor) -> Tensor:
+    takes_noise: bool  # whether training gives `encode` standard normal noise (b, c', h', w')
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """uint8 (b, h, w, c) -> float32 (b, c', h', w') with values of about unit size."""
 
     def decode(self, x: Tensor) -> Tensor:
@@ -26,7 +28,9 @@ class Codec(Protocol):
 class PixelCodec:
     """Model space = pixels, scaled from 0 ... 255 to -1 ... 1. A decoded encoding is the image, exactly."""
 
-    def encode(self, images: Tensor) -> Tensor:
+    takes_noise = False
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         assert images.dtype == torch.uint8, images.dtype
         return images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # b c h w
 
@@ -45,6 +49,8 @@ class KLCodec:
     scale_factor   1 / the standard deviation of the latents: 0.18215 on ImageNet, 0.23010 on COCO
     chunk          images decoded at once
     """
+
+    takes_noise = True
 
     def __init__(self, pretrained: str, scale_factor: float, device: torch.device | str = "cpu", chunk: int = 16):
         from diffusers import AutoencoderKL

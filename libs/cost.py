@@ -6,6 +6,7 @@ apart, since published numbers leave them out as often as not.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .backbones.attention import sdpa_attention
 from .generate import Chain
+from .policies import Full
 
 # Functions that multiply two activations. Layers multiply by a weight: F.linear, F.conv2d.
 PRODUCTS = {F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.baddbmm,
@@ -74,7 +76,9 @@ def countable(net: nn.Module) -> Iterator[None]:
     for layer, _ in layers:
         layer.attention_function = sdpa_attention
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            # The hooks are the counter's.
+            warnings.filterwarnings("ignore", message=r".*torch\.compile.* when there are global hooks")
             yield
     finally:
         for layer, function in layers:
@@ -87,9 +91,12 @@ def gmacs_per_image(chain: Chain, seeds: list[int], labels: list[int] | None = N
     Both rows of a guided pair count. The codec's decoder does not. `counted_images` says how many seeds that
     is: one is enough for a policy that does the same for every image.
     """
+    counted = replace(chain, rows=len(seeds))
+    if type(chain.policy) is Full:  # all its calls are the same, so one step stands for all
+        counted = replace(counted, ts=chain.ts[[0, -1]])
     with countable(chain.policy.net), MacCounter() as counter:
-        replace(chain, rows=len(seeds)).sample(seeds, labels)
-    unit = 1e9 * len(seeds)
+        counted.sample(seeds, labels)
+    unit = 1e9 * len(seeds) * counted.nfe / chain.nfe
     return {"with_attention_products": counter.total / unit,
             "without_attention_products": (counter.total - counter.attention) / unit,
             "counted_images": len(seeds)}

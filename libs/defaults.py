@@ -60,13 +60,15 @@ def base_config() -> ConfigDict:
             "warmup": 2500,  # steps from 0 to lr
             "decay_from": 1.0,  # fraction of the steps from which lr falls linearly to 0; 1 is never
             "clip_norm": 0.0,  # of the gradient; 0 is none
-            "ema": 0.9999,
-            "log_every": 50,
-            "save_every": 5000,
+            "ema": 0.9999,  # weight of the past in the average of the weights; 0 is no average
+            "grad_checkpoint": False,  # recompute activations in the backward pass: less memory, more time
+            "log_every": 50,  # steps between log lines, rows of stats.jsonl
+            "save_every": 5000,  # steps between checkpoints
             "keep": 2,  # newest checkpoints kept, beside the best
             "preview_every": 5000,  # steps between pictures from the EMA; 0 is none
+            "preview_images": 16,
             "eval_every": 0,  # steps between measurements of the EMA; 0 is none
-            "eval_images": 500,
+            "eval_images": 500,  # seeds 0, 1, ...
             "max_minutes": 0.0,  # stop cleanly after so long; 0 is no limit
         },
         "eval": {

@@ -262,25 +262,6 @@ def test_feature_refusals(tmp_path):
 # ---- FID
 
 
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    """Random weights of the Inception network that clean-fid builds, saved as its own file would be."""
-    module = pytest.importorskip("cleanfid.inception_pytorch")
-    with (
-        mock.patch.object(module, "load_state_dict_from_url", return_value={}),
-        mock.patch.object(nn.Module, "load_state_dict"),
-        pytest.warns(UserWarning, match="pretrained"),
-    ):
-        net = module.fid_inception_v3()
-    generator = torch.Generator().manual_seed(0)
-    for layer in net.modules():
-        if isinstance(layer, nn.Conv2d):  # keeps the scale of the activations through 90 layers
-            nn.init.kaiming_normal_(layer.weight, generator=generator)
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(net.state_dict(), path)
-    return path
-
-
 def test_fid_with_random_weights(inception_file):
     extractor = make_extractor("inception", weights=inception_file)
     assert (extractor.name, extractor.distance_name) == ("inception_legacy_pytorch", "fid")

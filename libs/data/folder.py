@@ -72,13 +72,15 @@ def folder_batches(
     channels: int = 3,
     image_size: int | None = None,
     field: str = "data.path",
+    names: list[str] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the images of a folder as uint8 (b, h, w, c), sorted by path, without holding all of them.
 
     image_size: centre crop and resize as in training; None keeps the pixels as they are, and then all sizes
         must be equal.
+    names: of the files, relative to `path`; None takes all.
     """
-    files = [f"{path}/{name}" for name in list_images(path, field)]
+    files = [f"{path}/{name}" for name in names or list_images(path, field)]
     size = image_size or _first_size(files[0], field)
     for start in range(0, len(files), batch_size):
         yield torch.from_numpy(

@@ -1,0 +1,140 @@
+"""Seeds (or a folder of images) -> Frechet distances and the other metrics, and what they cost: one JSON a run.
+
+    python eval.py --config=configs/cifar10_uvit_tiny.py --seeds=0-499 --out=outputs/eval/uvit_tiny.json
+    python eval.py --config=configs/cifar10_unet.py --config.eval.metrics=frechet_cifar10,class_accuracy \\
+        --seeds=0-499 --keep_images=outputs/unet --benchmark --out=outputs/eval/unet.json
+    python eval.py --images=outputs/unet --out=outputs/eval/unet_again.json
+
+Metrics are the names in --config.eval.metrics. With --keep_images the same command again goes on where the last one
+was interrupted.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from absl import flags as absl_flags
+
+from libs import build, cli
+from libs.benchmark import benchmark, check_benchmark
+from libs.cost import gmacs_per_image
+from libs.data.files import atomic_path
+from libs.data.folder import folder_batches
+from libs.defaults import base_config
+from libs.errors import UserError
+from libs.evaluation import Metrics, Request, score_files, score_seeds
+from libs.image_folder import ImageFolder, fingerprint, image_names, read_chain
+from libs.processes import Processes
+from libs.provenance import command_line, file_sha256, git_commit, machine, versions
+from libs.seeds import parse_labels, parse_seeds
+from libs.tables import markdown_table, result_row
+
+FLAGS = ("seeds", "labels", "checkpoint", "keep_images", "images", "benchmark", "inception_weights", "out")
+
+
+def define_flags(fv) -> None:
+    absl_flags.DEFINE_string("seeds", None, "seeds of the images to score: 0-499", flag_values=fv)
+    absl_flags.DEFINE_string("labels", None, "classes, given to the seeds in turn: 3 or 0-9", flag_values=fv)
+    absl_flags.DEFINE_string("checkpoint", None, "released name, file or training folder", flag_values=fv)
+    absl_flags.DEFINE_string("keep_images", None, "folder that keeps the images of the seeds", flag_values=fv)
+    absl_flags.DEFINE_string("images", None, "score the images of this folder, instead of seeds", flag_values=fv)
+    absl_flags.DEFINE_boolean("benchmark", False, "time the sampling too, see config.eval", flag_values=fv)
+    absl_flags.DEFINE_string("inception_weights", None, "file of FID's network; else fetched", flag_values=fv)
+    absl_flags.DEFINE_string("out", None, "result file (.json)", flag_values=fv)
+    absl_flags.mark_flag_as_required("out", fv)
+
+
+def evaluate(config, flags) -> None:
+    if (flags.seeds is None) == (flags.images is None):
+        raise UserError(f"--seeds={flags.seeds}, --images={flags.images}: give one of them")
+    if not flags.out.endswith(".json"):
+        raise UserError(f"--out={flags.out} must end in .json")
+    cli.output_dir(Path(flags.out).parent)
+    result = (evaluate_seeds if flags.images is None else evaluate_folder)(config, flags)
+    if result is None:  # not the main process
+        return
+    result |= {"versions": versions(), "git_commit": git_commit(),
+               "command": command_line("eval.py", config, flags, FLAGS)}
+    with atomic_path(flags.out) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    print(markdown_table([result_row(result)]))
+
+
+def evaluate_seeds(config, flags) -> dict | None:
+    """Generate the seeds' images (or take them from --keep_images), score and cost them."""
+    if config is None:
+        raise UserError("--config is missing: --seeds needs a model")
+    seeds = parse_seeds(flags.seeds)
+    section = config.eval
+    check_benchmark(section.benchmark_rows, section.benchmark_steps, section.benchmark_repeats)
+    if section.cost_images < 1:
+        raise UserError(f"eval.cost_images={section.cost_images} must be at least 1")
+    processes = Processes(cli.choose_device(config.compute.device))
+    chain, source = build.load_chain(config, flags.checkpoint, processes.device, flags.overrides)
+    steps = section.benchmark_steps or config.sampler.steps
+    timed = replace(chain, ts=build.make_times({**config.sampler, "steps": steps}, chain.denoiser.schedule))
+    labels = parse_labels(flags.labels, seeds, chain.num_classes)
+    label_of = dict(zip(seeds, labels, strict=True)) if labels else None
+    blank = chain.codec.decode(torch.zeros(1, *chain.shape, device=chain.device))  # 1 h w c
+    metrics = Metrics(Request(
+        section, len(seeds), tuple(blank.shape[1:]), chain.device, config.data, chain.num_classes,
+        flags.inception_weights, with_reference=processes.is_main))
+    folder = None
+    if flags.keep_images:
+        chain_of = fingerprint(config, source, flags.labels)
+        folder = ImageFolder(cli.output_dir(flags.keep_images, "keep_images"), chain_of, "keep_images")
+
+    own = processes.share(seeds, chain.rows)
+    sampled, seconds = score_seeds(metrics, chain, own, label_of, folder, processes.is_main)
+    measured = metrics.compute(processes)
+    sampled = sum(processes.gather(sampled))
+    processes.close()
+    if not processes.is_main:
+        return None
+    few = seeds[:section.cost_images]
+    result = {
+        "model": flags.checkpoint or config.checkpoint, "checkpoint_sha256": file_sha256(source),
+        "config": flags.config, "method": config.policy.to_dict(), "sampler": config.sampler.to_dict(),
+        "compute": config.compute.to_dict(), "nfe": chain.nfe, "rows": chain.rows,
+        "seeds": flags.seeds, "labels": flags.labels or ("all in turn" if labels else None), "samples": len(seeds),
+        "metrics": measured,
+        "gmacs_per_image": gmacs_per_image(chain, few, labels and labels[:len(few)]),
+        "sampling": {"images": sampled, "seconds": seconds, "processes": processes.count},
+        "machine": machine(chain.device),
+    }
+    if flags.benchmark:
+        result["benchmark"] = benchmark(chain, timed, section.benchmark_rows, section.benchmark_repeats)
+    return result
+
+
+def evaluate_folder(config, flags) -> dict | None:
+    """Score the images of --images as they are."""
+    for flag in ("labels", "checkpoint", "keep_images"):
+        if getattr(flags, flag) is not None:
+            raise UserError(f"--{flag}={getattr(flags, flag)} belongs to --seeds, not to --images")
+    if flags.benchmark:
+        raise UserError("--benchmark belongs to --seeds, not to --images")
+    names = image_names(flags.images)
+    settings = config or base_config()
+    processes = Processes(cli.choose_device(settings.compute.device))
+    first = next(folder_batches(flags.images, 1, field="--images", names=names[:1]))
+    metrics = Metrics(Request(
+        settings.eval, len(names), tuple(first.shape[1:]), processes.device, config and config.data,
+        inception_weights=flags.inception_weights, with_reference=processes.is_main))
+    score_files(metrics, flags.images, names[processes.rank::processes.count], processes.is_main)
+    measured = metrics.compute(processes)
+    processes.close()
+    if not processes.is_main:
+        return None
+    return {"model": flags.images, "images": flags.images, "chain": read_chain(Path(flags.images)),
+            "config": flags.config, "samples": len(names), "metrics": measured}
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(evaluate, define_flags, argv, takes_config="optional")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""The exponential moving average of a network's weights."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """A copy of `net` in float32 and in eval mode, whose weights follow those of `net`.
+
+    decay: weight of the past at each update; 0 copies the network.
+    """
+
+    def __init__(self, net: nn.Module, decay: float):
+        self.decay = decay
+        self.net = copy.deepcopy(net).float().eval().requires_grad_(False)
+        held, followed = self.net.state_dict(), net.state_dict()  # tensors that share memory with the networks'
+        floats = [name for name, tensor in held.items() if tensor.is_floating_point()]
+        self._average, self._source = [held[name] for name in floats], [followed[name] for name in floats]
+        self._other = [(held[name], followed[name]) for name in held if name not in {*floats}]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """average = decay * average + (1 - decay) * weights, in a few fused kernels."""
+        torch._foreach_lerp_(self._average, self._source, 1 - self.decay)
+        for average, source in self._other:  # counters
+            average.copy_(source)

@@ -1,0 +1,277 @@
+"""The training loop that every method shares; what is learnt comes in as `objective`.
+
+Nothing in a step waits for the device: losses add up there, and a loss that is not finite leaves its step's
+number there, which is read at every log line and before anything is saved.
+"""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from absl import logging
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..build import make_chain, make_denoiser, prepare_backbone
+from ..checkpoint import load_weights
+from ..data import ImageData
+from ..errors import UserError
+from .batches import Batches
+from .ema import EMA
+from .objective import Objective
+from .optimizer import learning_rate, load_optimizer_state, make_optimizer
+from .quality import Quality, is_better
+from .report import Report
+from .run import Run
+from .setup import recompute_activations, with_precision
+from .state import Saved
+
+NEVER = 2**62  # the step of a failure that has not happened
+TIME_IS_UP, INTERRUPTED = 1, 2  # why a run stops before its last step
+
+
+class Trainer:
+    """Fits `net` to `objective(denoiser, batch) -> (b,)`, the mean of which over the global batch is the loss.
+
+    config       its `train`, `compute`, `seed`, `sampler` (of previews) and `eval` sections are used
+    run          the folder, its checkpoints and the processes
+    net          a backbone in float32; it moves to the processes' device
+    description  what the checkpoints say of themselves (`build.describe`)
+    precision    fp32, bf16 or fp16, of the network's passes
+    """
+
+    def __init__(self, config: ConfigDict, run: Run, net: nn.Module, description: Mapping[str, Any],
+                 objective: Objective, precision: str = "fp32"):
+        self.config, self.section, self.run, self.processes = config, config.train, run, run.processes
+        self.description, self.objective = description, objective
+        device = self.device = run.processes.device
+        self.net = prepare_backbone(net, {**config.compute, "compile": False}, device).train()
+        self.ema = EMA(self.net, self.section.ema)
+        if self.section.grad_checkpoint:
+            recompute_activations(self.net)
+        self.parallel = None
+        if self.processes.count > 1:
+            self.parallel = DistributedDataParallel(self.net, device_ids=[device] if device.type == "cuda" else None)
+        called = self.parallel or self.net
+        called = torch.compile(called) if config.compute.compile else called
+        self.denoiser = make_denoiser(called, description, precision, device)
+        self.parameters = [each for each in self.net.parameters() if each.requires_grad]
+        self.optimizer = make_optimizer(self.net, self.section, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.chain = make_chain(with_precision(config, precision), self.ema.net, description, device)
+        self.quality = Quality(config, self.chain, self.processes) if self.section.eval_every else None
+        self.step, self.seconds, self.best, self.images = 0, 0.0, None, None
+        self.failed_step = torch.tensor(NEVER, device=device)  # of this process
+        self.loss_sum = torch.zeros((), dtype=torch.float32, device=device)  # over its images since the last log
+        self.grad_norm = torch.zeros((), device=device)
+
+    def restore(self, saved: Saved | None) -> None:
+        """Go on from a checkpoint; None starts at step 0."""
+        if saved is None:
+            return
+        load_weights(self.net, saved.weights, "the run's checkpoint")
+        load_weights(self.ema.net, saved.ema, "the run's checkpoint")
+        load_optimizer_state(self.optimizer, saved.state["optimizer"])
+        if saved.state["scaler"]:  # empty where the precision was not fp16
+            self.scaler.load_state_dict(saved.state["scaler"])
+        self.step, self.seconds = saved.step, saved.state["seconds"]
+        self.best, self.images = saved.state["best"], saved.state["images"]
+        logging.info("going on from step %d", self.step)
+
+    def train(self, data: ImageData, began: float) -> int:
+        """Run to `train.steps`. Returns the exit status: 0 at the end or at the time limit, 130 after Ctrl-C.
+
+        began: `time.monotonic()` from which `train.max_minutes` counts.
+        Raises UserError, naming the step, when a loss is not finite; nothing is saved after that step.
+        """
+        self._same_data(data)
+        self.run.claim()
+        section, processes = self.section, self.processes
+        self.batches = Batches(data, self.chain.codec, self.description["cond"], self.config.data.flip,
+                               self.config.seed, section.batch_size, section.accumulate, processes.rank,
+                               processes.count)
+        self.report = Report(self.run.workdir, self.step) if processes.is_main else None
+        limit = began + 60 * section.max_minutes if section.max_minutes else math.inf
+        self.logged_at = self.step
+        self.clock = self.window = time.perf_counter()
+        stop = 0
+        with StopSignals() as signals, self._bar() as bar, logging_redirect_tqdm():
+            while self.step < section.steps and not stop:
+                self._update()
+                bar.update()
+                wish = INTERRUPTED if signals.received else TIME_IS_UP if time.monotonic() > limit else 0
+                stop = processes.agree(wish)
+                self._at_intervals(stop)
+        if processes.is_main:
+            self.report.curve()
+            self.report.close()
+            self._say_goodbye(stop)
+        return 130 if stop == INTERRUPTED else 0
+
+    def _update(self) -> None:
+        """One optimizer update on one global batch."""
+        step, section = self.step, self.section
+        seed = (self.config.seed * 1_000_003 + step) * 1_000_003 + self.processes.rank
+        torch.manual_seed(seed % 2**63)  # for dropout; all else is drawn from positions
+        rate = learning_rate(step, section.steps, section.lr, section.warmup, section.decay_from)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros_like(self.loss_sum)
+        for part, batch in enumerate(self.batches.parts(step), start=1):
+            with self._no_sync() if part < section.accumulate else contextlib.nullcontext():
+                loss = self.objective(self.denoiser, batch).sum()
+                self.scaler.scale(loss / self.batches.share).backward()
+            total += loss.detach()
+        self.step = step = step + 1
+        self.scaler.unscale_(self.optimizer)
+        if section.clip_norm:
+            self.grad_norm = nn.utils.clip_grad_norm_(self.parameters, section.clip_norm)
+        elif self._due("log_every"):
+            grads = [each.grad for each in self.parameters if each.grad is not None]
+            self.grad_norm = nn.utils.get_total_norm(grads)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.ema.update()
+        self.loss_sum += total
+        self.failed_step = torch.where(total.isfinite(), self.failed_step, self.failed_step.clamp(max=step))
+
+    def _at_intervals(self, stop: int) -> None:
+        last = self.step == self.section.steps
+        if self._due("log_every") or last or stop:
+            self._log()
+        if stop != INTERRUPTED:
+            if self.quality is not None and (self._due("eval_every") or last):
+                self._measure()
+            if self._due("preview_every") or (last and self.section.preview_every):
+                self._preview()
+        if self._due("save_every") or last or stop:
+            self._save()
+
+    def _due(self, interval: str) -> bool:
+        every = self.section[interval]
+        return every > 0 and self.step % every == 0
+
+    def _log(self) -> None:
+        self._refuse_failure()
+        steps, now = self.step - self.logged_at, time.perf_counter()
+        loss = float(self.processes.sum(self.loss_sum)) / (steps * self.section.batch_size)
+        self.loss_sum.zero_()
+        rate = steps * self.section.batch_size / (now - self.window)
+        self.logged_at, self.window = self.step, now
+        if not self.processes.is_main:
+            return
+        lr, norm = self.optimizer.param_groups[0]["lr"], float(self.grad_norm)
+        self.report.scalars(self.step, {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": rate,
+                                        "seconds": self._seconds()})
+        logging.info("step %d  loss %.4f  lr %.2e  %.0f images/s  gradient norm %.3f", self.step, loss, lr, rate, norm)
+
+    def _measure(self) -> None:
+        with self._aside():
+            self._refuse_failure()
+            values = self.quality.measure()
+            if not self.processes.is_main:
+                return
+            self.report.scalars(self.step, values)
+            told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            logging.info("step %d  EMA, %d images: %s", self.step, self.section.eval_images, told)
+            if is_better(values, self.best):
+                self.best = next(iter(values.values()))
+                self.run.checkpoints.save_best(self.ema.net.state_dict(), self._described() | {"quality": values})
+
+    def _preview(self) -> None:
+        if self.processes.is_main:
+            with self._aside():
+                self.report.picture(self.step, self.chain, self.section.preview_images)
+
+    def _save(self) -> None:
+        with self._aside():
+            self._refuse_failure()
+            if self.processes.is_main:
+                state = {"optimizer": self.optimizer.state_dict()["state"], "scaler": self.scaler.state_dict(),
+                         "seconds": self._seconds(), "best": self.best, "images": self.images}
+                self.run.checkpoints.save(self.step, self.net.state_dict(), self.ema.net.state_dict(),
+                                          self._described(), state)
+
+    def _described(self) -> dict[str, Any]:
+        return {**self.description, "trained": {"steps": self.step, "batch_size": self.section.batch_size}}
+
+    def _refuse_failure(self) -> None:
+        """Stop, on every process, if a loss or a weight of any process is not finite."""
+        failed = int(self.failed_step)
+        if failed == NEVER and not _all_finite(self.parameters):
+            failed = self.step
+        failed = -self.processes.agree(-failed)
+        if failed == NEVER:
+            return
+        steps = self.run.checkpoints.steps()
+        left = f"the last good checkpoint is {self.run.checkpoints.path(steps[-1])}" if steps else "nothing was saved"
+        raise UserError(f"the loss is not finite at step {failed}; {left}; a lower train.lr, a longer train.warmup or "
+                        "train.clip_norm may help")
+
+    def _same_data(self, data: ImageData) -> None:
+        if self.images not in (None, len(data)):
+            raise UserError(f"--config.data: the run in --workdir={self.run.workdir} learns from {self.images} images, "
+                            f"the data set now has {len(data)}")
+        self.images = len(data)
+
+    def _no_sync(self) -> contextlib.AbstractContextManager:
+        return self.parallel.no_sync() if self.parallel else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What is done inside does not count in images/s."""
+        before = time.perf_counter()
+        yield
+        self.window += time.perf_counter() - before
+
+    def _seconds(self) -> float:
+        """Spent in the loop, over all pieces of the run."""
+        return self.seconds + time.perf_counter() - self.clock
+
+    def _bar(self) -> tqdm:
+        return tqdm(total=self.section.steps, initial=self.step, unit="step", disable=not self.processes.is_main,
+                    dynamic_ncols=True)
+
+    def _say_goodbye(self, stop: int) -> None:
+        where = f"step {self.step} of {self.section.steps}, checkpoint in {self.run.checkpoints.path(self.step)}"
+        if stop:
+            why = "interrupted" if stop == INTERRUPTED else f"train.max_minutes={self.section.max_minutes} are over"
+            logging.info("%s at %s; the same command goes on from there", why, where)
+        else:
+            logging.info("finished: %s, %.0f s", where, self._seconds())
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM only set `received`, so that the step that runs ends well; a second one interrupts."""
+
+    def __init__(self):
+        self.received = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = True
+        signal.signal(number, signal.default_int_handler)
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    with torch.no_grad():
+        return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())

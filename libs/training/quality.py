@@ -1,0 +1,42 @@
+"""How good the averaged weights are: the metrics of the config's `eval` section on images of fixed seeds."""
+
+import copy
+
+import torch
+from ml_collections import ConfigDict
+
+from ..evaluation import Metrics, Request, score_seeds
+from ..generate import Chain
+from ..processes import Processes
+from ..seeds import parse_labels
+
+RISING = ("precision", "recall", "class_accuracy")  # better when larger
+
+
+class Quality:
+    """Scores `train.eval_images` images, seeds 0, 1, ..., shared among the processes.
+
+    Raises UserError at once for what is missing: a reference, Inception weights.
+    """
+
+    def __init__(self, config: ConfigDict, chain: Chain, processes: Processes):
+        self.chain, self.processes = chain, processes
+        self.seeds = list(range(config.train.eval_images))
+        blank = chain.codec.decode(torch.zeros(1, *chain.shape, device=chain.device))  # 1 h w c
+        self._fresh = Metrics(Request(config.eval, len(self.seeds), tuple(blank.shape[1:]), chain.device, config.data,
+                                      chain.num_classes, with_reference=processes.is_main))
+
+    def measure(self) -> dict[str, float]:
+        """{metric: value} on the main process, {} on others."""
+        metrics = copy.deepcopy(self._fresh)  # they add up; the next measurement starts from nothing
+        labels = parse_labels(None, self.seeds, self.chain.num_classes)
+        label_of = dict(zip(self.seeds, labels, strict=True)) if labels else None
+        own = self.processes.share(self.seeds, self.chain.rows)
+        score_seeds(metrics, self.chain, own, label_of, bar=self.processes.is_main)
+        return {name: each["value"] for name, each in metrics.compute(self.processes).items()}
+
+
+def is_better(values: dict[str, float], best: float | None) -> bool:
+    """Whether the first metric beats `best`, its value so far."""
+    name, value = next(iter(values.items()))
+    return best is None or (value > best if name in RISING else value < best)

@@ -1,0 +1,74 @@
+"""The folder of a training run: which run it is (config.json), and where it stands (ckpts)."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ..data.files import atomic_path, reason
+from ..errors import UserError
+from ..processes import Processes
+from .state import Checkpoints, Saved
+
+# What may differ when a run goes on. Everything else decides what is learnt.
+FREE_SECTIONS = ("checkpoint", "compute", "policy", "sampler", "eval")
+FREE_FIELDS = tuple(f"train.{name}" for name in (
+    "steps", "accumulate", "grad_checkpoint", "log_every", "save_every", "keep", "preview_every", "preview_images",
+    "eval_every", "eval_images", "max_minutes")) + ("data.download",)
+
+
+class Run:
+    """The run in `workdir`: the one that is there already, or a new one.
+
+    start: what --checkpoint named, the weights that the run starts from.
+    Raises UserError where the folder holds a run of another config, naming the first field that differs.
+    """
+
+    def __init__(self, workdir: Path, config: ConfigDict, start: str | None, processes: Processes):
+        self.workdir = workdir
+        self.checkpoints = Checkpoints(workdir / "ckpts", config.train.keep)
+        self.processes = processes
+        self.config, self.start = config, start or ""
+        if self.checkpoints.steps():
+            self._refuse_other()
+
+    def claim(self) -> None:
+        """Write config.json: from here on the folder is this run's."""
+        if self.processes.is_main:
+            with atomic_path(self.workdir / "config.json") as temporary:
+                temporary.write_text(json.dumps(self._wanted(), indent=1) + "\n")
+
+    def resume(self) -> Saved | None:
+        """The newest whole checkpoint, the same one on every process; None for a new run."""
+        saved = self.checkpoints.newest() if self.processes.is_main else None
+        step = self.processes.agree(-1 if saved is None else saved.step)
+        return self.checkpoints.load(step) if saved is None and step >= 0 else saved
+
+    def _wanted(self) -> dict[str, Any]:
+        return json.loads(json.dumps(self.config.to_dict() | {"start": self.start}))  # tuples become lists
+
+    def _refuse_other(self) -> None:
+        path = self.workdir / "config.json"
+        try:
+            held = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"--workdir={self.workdir} holds checkpoints, but its config.json cannot be read "
+                            f"({reason(error)}); choose another folder") from error
+        held, wanted = _flat(held), _flat(self._wanted())
+        for field in sorted({*held, *wanted}):
+            free = field.split(".")[0] in FREE_SECTIONS or field in FREE_FIELDS
+            if free or held.get(field) == wanted.get(field):
+                continue
+            name = "--checkpoint" if field == "start" else f"--config.{field}"
+            raise UserError(f"{name}={wanted.get(field)!r}: the run in --workdir={self.workdir} has "
+                            f"{held.get(field)!r}; go on with that, or choose another folder")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

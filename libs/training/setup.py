@@ -1,0 +1,93 @@
+"""What a training needs before its first step; mistakes are told here, before anything heavy."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from absl import logging
+from ml_collections import ConfigDict
+from torch import nn
+
+from ..build import DTYPES, MODEL_SECTIONS, describe, load_model
+from ..checkpoint import build_backbone
+from ..errors import UserError, choose
+
+LAUNCHER_PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+
+AT_LEAST = {  # fields of the train section
+    "steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "decay_from": 0, "clip_norm": 0, "weight_decay": 0,
+    "ema": 0, "log_every": 1, "save_every": 1, "keep": 1, "preview_every": 0, "preview_images": 1, "eval_every": 0,
+    "eval_images": 2, "max_minutes": 0,
+}
+
+
+def validate(config: ConfigDict, processes: int = 1) -> None:
+    """Refuse numbers that make no training, and a batch that the processes cannot share."""
+    section = config.train
+    for field, least in AT_LEAST.items():
+        if section[field] < least:
+            raise UserError(f"--config.train.{field}={section[field]} must be at least {least}")
+    if section.lr <= 0:
+        raise UserError(f"--config.train.lr={section.lr} must be positive")
+    if section.decay_from > 1 or section.ema >= 1:
+        field = "ema" if section.ema >= 1 else "decay_from"
+        raise UserError(f"--config.train.{field}={section[field]} is too large; it is a share of 1")
+    if len(section.betas) != 2 or not all(0 <= beta < 1 for beta in section.betas):
+        raise UserError(f"--config.train.betas={section.betas} must be two numbers from 0 to below 1")
+    if not 0 <= config.cond.drop <= 1:
+        raise UserError(f"--config.cond.drop={config.cond.drop} must lie between 0 and 1")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"--config.seed={config.seed} must be from 0 to 2^63 - 1")
+    if section.eval_every and not config.eval.metrics:
+        raise UserError(f"--config.train.eval_every={section.eval_every}: eval.metrics names nothing to measure")
+    if section.batch_size % (processes * section.accumulate):
+        raise UserError(f"--config.train.batch_size={section.batch_size} cannot be divided among {processes} "
+                        f"process{'es' * (processes > 1)} x {section.accumulate} (train.accumulate)")
+
+
+def choose_precision(config: ConfigDict) -> str:
+    """fp32, bf16 or fp16: what `accelerate launch` says, or else the config; a conflict is logged."""
+    wanted = config.compute.precision
+    choose("compute.precision", wanted, DTYPES)
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if launcher is None:
+        return wanted
+    precision = choose("accelerate launch --mixed_precision", launcher, LAUNCHER_PRECISIONS)
+    if precision != wanted:
+        logging.info("accelerate launch says --mixed_precision=%s: %s instead of compute.precision=%s",
+                     launcher, precision, wanted)
+    return precision
+
+
+def new_network(config: ConfigDict) -> tuple[nn.Module, dict[str, Any]]:
+    """(backbone with weights drawn from the config's seed, description)."""
+    torch.manual_seed(config.seed)
+    return build_backbone(config.backbone), describe(config)
+
+
+def start_network(config: ConfigDict, start: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    """(backbone, description): the weights that `start` names, or new ones."""
+    net, description = load_model(config, start) if start else new_network(config)
+    description = {name: description[name] for name in (*MODEL_SECTIONS, "image")}
+    if description["cond"]["kind"] == "none" and getattr(net, "num_classes", -1) > 0:
+        raise UserError("cond.kind='none', but the network has classes (backbone.num_classes="
+                        f"{net.num_classes}); choose label")
+    return net, description
+
+
+def recompute_activations(net: nn.Module) -> None:
+    """Trade time for memory: activations are computed again in the backward pass."""
+    if hasattr(net, "enable_gradient_checkpointing"):  # diffusers
+        net.enable_gradient_checkpointing()
+        return
+    blocks = [module for module in net.modules() if hasattr(module, "use_checkpoint")]
+    if not blocks:
+        raise UserError(f"--config.train.grad_checkpoint=True: {type(net).__name__} has no such option")
+    for block in blocks:
+        block.use_checkpoint = True
+
+
+def with_precision(config: Mapping, precision: str) -> dict[str, Any]:
+    """The config as `make_chain` reads it, in the precision that the training runs in."""
+    return {**config, "compute": {**config["compute"], "precision": precision}}
