@@ -48,19 +48,19 @@ def sample(config, flags) -> None:
     labels = parse_labels(flags.labels, seeds, chain.num_classes)
     folder = ImageFolder(out, fingerprint(config, checkpoint, flags.labels))
 
-    own = processes.share(folder.missing(seeds), chain.rows)
+    own = folder.missing(processes.share(seeds, chain.rows))
     own_labels = parse_labels(flags.labels, own, chain.num_classes)
     with tqdm(total=len(own), unit="image", disable=not processes.is_main) as progress:
         for batch, images in chain.images(own, own_labels, flags.batch_size or None):
             folder.save(batch, images)
             progress.update(len(batch))
     seconds = progress.format_dict["elapsed"]
-    processes.gather(len(own))  # all images are there
+    made = sum(processes.gather(len(own)))  # by now all images are there
     if processes.is_main:
         if own:
-            summary = {"model": checkpoint.stem, "sampler": config.sampler.name, "nfe": chain.nfe,
-                       "cfg_scale": chain.cfg_scale, "images": len(own), "processes": processes.count,
-                       "seconds_per_image": seconds / len(own)}
+            summary = {"model": Path(flags.checkpoint or config.checkpoint).name, "sampler": config.sampler.name, "nfe": chain.nfe,
+                       "cfg_scale": chain.cfg_scale, "images": made, "processes": processes.count,
+                       "seconds_per_image": seconds / made}
             if flags.cost:
                 summary["gmacs_per_image"] = gmacs_per_image(chain, own[:1], labels and own_labels[:1])
             path = Path(flags.out).with_suffix(".json") if as_npz else out / "summary.json"
