@@ -3,7 +3,10 @@
 Train, sample and look, on two CPU cores:
     python train.py --config=configs/digits_uvit.py --workdir=runs/digits
     python sample.py --config=configs/digits_uvit.py --checkpoint=runs/digits --seeds=0-99 --out=outputs/digits
-The released `digits_uvit` comes from the first command.
+The released `digits_uvit` comes from the first command (600 updates, about a minute): a classifier of the real
+digits recognises more than 80 % of its samples with confidence. Half the steps by one distillation:
+    python distillate.py --config=configs/digits_uvit.py:progressive --checkpoint=runs/digits --workdir=runs/student
+    python sample.py --config=configs/digits_uvit.py --checkpoint=runs/student --seeds=0-99 --out=outputs/student
 """
 
 from libs.defaults import base_config

@@ -82,7 +82,7 @@ class Report:
 def moving_average(values: list[float], share: float = 0.05) -> Tensor:
     """Of each value with its neighbours: a window of `share` of all values, shorter at the ends.
 
-    >>> moving_average([1.0, 2.0, 6.0], share=1.0).tolist()
+    >>> moving_average([1.0, 2.0, 6.0], share=0.5).tolist()
     [1.5, 3.0, 4.0]
     """
     reach = max(1, round(len(values) * share / 2))
