@@ -13,8 +13,8 @@ for method in full dpm_solver dpm_solver_pp; do
     python sample.py --config=configs/cifar10_uvit_tiny.py:$method --seeds=0-15 --cost --out="$out/uvit_$method"
 done
 
-say "class-conditional UNet on CIFAR-10: the same seeds, 20 evaluations"
-python sample.py --config=configs/cifar10_unet.py:dpm_solver_pp --config.sampler.steps=20 --seeds=0-15 --cost \
+say "class-conditional UNet on CIFAR-10: the same seeds, 10 evaluations"
+python sample.py --config=configs/cifar10_unet.py:dpm_solver_pp --config.sampler.steps=10 --seeds=0-15 --cost \
     --out="$out/unet_dpm_solver_pp"
 
 say "a U-ViT of handwritten digits: training from nothing"
