@@ -58,9 +58,9 @@ def sample(config, flags) -> None:
     made = sum(processes.gather(len(own)))  # by now all images are there
     if processes.is_main:
         if own:
-            summary = {"model": Path(flags.checkpoint or config.checkpoint).name, "sampler": config.sampler.name, "nfe": chain.nfe,
-                       "cfg_scale": chain.cfg_scale, "images": made, "processes": processes.count,
-                       "seconds_per_image": seconds / made}
+            summary = {"model": Path(flags.checkpoint or config.checkpoint).name,
+                       "sampler": config.sampler.name, "nfe": chain.nfe, "cfg_scale": chain.cfg_scale,
+                       "images": made, "processes": processes.count, "seconds_per_image": seconds / made}
             if flags.cost:
                 summary["gmacs_per_image"] = gmacs_per_image(chain, own[:1], labels and own_labels[:1])
             path = Path(flags.out).with_suffix(".json") if as_npz else out / "summary.json"
