@@ -20,11 +20,11 @@ from absl import flags as absl_flags
 from libs import build, cli
 from libs.benchmark import benchmark, check_benchmark
 from libs.cost import gmacs_per_image
-from libs.data.files import atomic_path
 from libs.data.folder import folder_batches
 from libs.defaults import base_config
 from libs.errors import UserError
 from libs.evaluation import Metrics, Request, score_files, score_seeds
+from libs.files import atomic_path
 from libs.image_folder import ImageFolder, fingerprint, image_names, read_chain
 from libs.processes import Processes
 from libs.provenance import command_line, file_sha256, git_commit, machine, versions

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from libs import build, cli
 from libs.cost import gmacs_per_image
-from libs.data.files import atomic_path
 from libs.data.images import image_grid, save_png
 from libs.errors import UserError
+from libs.files import atomic_path
 from libs.image_folder import ImageFolder, fingerprint
 from libs.processes import Processes
 from libs.seeds import parse_labels, parse_seeds

@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .backbones import BACKBONES
-from .data.files import atomic_path
 from .errors import UserError, choose
+from .files import atomic_path
 
 ROOT = Path(__file__).resolve().parents[1]
 RELEASED = ROOT / "assets" / "checkpoints"

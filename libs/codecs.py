@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .data.files import reason
 from .errors import UserError, choose
+from .files import reason
 
 
 class Codec(Protocol):

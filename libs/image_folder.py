@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .data.files import atomic_path, reason
 from .data.folder import list_images
 from .data.images import save_png
 from .errors import UserError
+from .files import atomic_path, reason
 from .provenance import file_sha256
 
 CHAIN = "chain.json"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from .data.files import atomic_path
 from .errors import UserError
+from .files import atomic_path
 from .tables import markdown_table
 
 GAP, TITLE = 12, 16  # pixels between grids, and above each for its name

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .data.files import atomic_path, reason
 from .errors import UserError
+from .files import atomic_path, reason
 
 EMPTY = "-"
 

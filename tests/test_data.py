@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from libs.data import ImageData, folder, load_data
-from libs.data.files import atomic_path
 from libs.data.folder import folder_batches
 from libs.data.images import image_grid, save_png
 from libs.data.loaders import CIFAR10_CLASSES
 from libs.errors import UserError
+from libs.files import atomic_path
 
 
 def write_image(path, size=(8, 8), color=(0, 0, 0), mode="RGB", **options):

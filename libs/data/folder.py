@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError
-from .files import atomic_path, reason
+from ..files import atomic_path, reason
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .files import atomic_path
+from ..files import atomic_path
 
 BACKGROUND = 255
 

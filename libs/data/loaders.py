@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError, choose
-from .files import reason
+from ..files import reason
 from .folder import MODES, list_images, read_folder
 from .image_data import ImageData
 

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..data.files import reason
 from ..errors import UserError, choose
+from ..files import reason
 from .features import full_precision
 
 INPUT_SIZE = 299

@@ -12,8 +12,8 @@ import torch
 from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
-from ..data.files import atomic_path, reason
 from ..errors import UserError
+from ..files import atomic_path, reason
 
 
 @dataclasses.dataclass(frozen=True)

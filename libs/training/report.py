@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.files import atomic_path
 from ..data.images import image_grid, save_png
+from ..files import atomic_path
 from ..generate import Chain
 from ..seeds import parse_labels
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ..data.files import atomic_path, reason
 from ..errors import UserError
+from ..files import atomic_path, reason
 from ..processes import Processes
 from .state import Checkpoints, Saved
 

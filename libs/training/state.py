@@ -14,8 +14,8 @@ from absl import logging
 from torch import Tensor
 
 from ..checkpoint import read, save_backbone
-from ..data.files import reason
 from ..errors import UserError
+from ..files import reason
 
 WEIGHTS, AVERAGE, STATE = "backbone.safetensors", "backbone_ema.safetensors", "train_state.pt"
 
