@@ -15,7 +15,7 @@ from .codecs import make_codec
 from .denoiser import TARGETS, TIME_INPUTS, Denoiser
 from .errors import UserError, choose
 from .generate import Chain
-from .policies import POLICIES
+from .policies import make_policy
 from .samplers import grid_orders, make_sampler
 from .schedule import Schedule, make_schedule, time_grid
 
@@ -117,9 +117,3 @@ def load_chain(config: ConfigDict, name: str | None, device: torch.device,
     adopt_sampler(config, description, overrides)
     chain = make_chain(config, prepare_backbone(net, config["compute"], device), description, device)
     return chain, checkpoints.resolve(name or config["checkpoint"])
-
-
-def make_policy(section: Mapping, net: nn.Module):
-    """The policy of a config section: `name`, the rest its own arguments."""
-    options = dict(section)
-    return choose("policy.name", options.pop("name"), POLICIES)(net, **options)

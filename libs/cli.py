@@ -28,7 +28,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from . import config as config_files
-from .errors import UserError
+from .errors import UserError, is_out_of_memory
 
 Body = Callable[[ConfigDict | None, SimpleNamespace], int | None]
 DefineFlags = Callable[[absl_flags.FlagValues], None]
@@ -150,7 +150,7 @@ def _run(command: Command, argv: list[str], doc: str | None) -> int:
         _print_error(_describe_os_error(error, vars(flags)))
         return 2
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _print_error("out of memory; use fewer rows a call or a smaller batch")
         return 2
@@ -261,11 +261,6 @@ def _describe_os_error(error: OSError, flags: dict) -> str:
     disk_refused = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
     place = error.filename or (disk_refused and (flags.get("out") or flags.get("workdir")))
     return f"{place}: {error.strerror}" if place else error.strerror or str(error)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch has no exception class for the memory of the CPU
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class _StderrHandler(logging.StreamHandler):

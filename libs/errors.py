@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+import torch
+
 
 class UserError(ValueError):
     """Bad input. Its text is one line that names the flag or field, the value and the choices.
@@ -21,3 +23,8 @@ def choose(field: str, value, choices: Iterable):
     if value not in choices:
         raise UserError(f"{field}={value!r} is unknown; choose from {', '.join(map(str, choices))}")
     return choices[value] if isinstance(choices, dict) else value
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    # torch has no exception class for the memory of the CPU
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

@@ -72,8 +72,10 @@ class Chain:
         self.policy.start(self.denoiser.time_input(self.times), rows_per_image=guidance_rows)
 
         x_T = normal(keys, 0, self.shape, Stream.START)
+        after_step = self.policy.after_step(x_T)
         x_0 = self.sampler(lambda x, t: denoise(x, t, cond), x_T, self.ts, self.denoiser.schedule,
-                           noise=lambda k: normal(keys, k, self.shape, Stream.STEP))
+                           noise=lambda k: normal(keys, k, self.shape, Stream.STEP),
+                           **({} if after_step is None else {"after_step": after_step}))
         return x_0[:count]
 
     def images(self, seeds: list[int], labels: list[int] | None = None,

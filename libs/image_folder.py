@@ -32,6 +32,9 @@ def fingerprint(config: Mapping, checkpoint: Path, labels_rule: str | None = Non
     held = {name: config[name].to_dict() for name in SECTIONS}
     compute = {name: config["compute"][name] for name in ("precision", "attention", "compile", "rows")}
     held |= {"checkpoint_sha256": file_sha256(checkpoint), "labels": labels_rule, "compute": compute}
+    adaptor = held["policy"].get("adaptor")
+    if isinstance(adaptor, str) and Path(adaptor).is_file():  # trained again, the same name makes other images
+        held["adaptor_sha256"] = file_sha256(adaptor)
     return json.loads(json.dumps(held))  # tuples become lists, as they will when it is read again
 
 

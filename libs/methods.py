@@ -40,8 +40,34 @@ def progressive(config: ConfigDict) -> None:
     config.train.update(steps=50_000, lr=5e-5, warmup=0, decay_from=0.0, weight_decay=0.0, clip_norm=1.0, ema=0.0)
 
 
+def clockwork(config: ConfigDict) -> None:
+    """Clockwork with the identity adaptor, every second step in full (2312.08128)."""
+    config.policy = ConfigDict({
+        "name": "clockwork",
+        "clock": 2,  # every clock-th step runs the whole network
+        "depth": 0,  # encoder blocks that always run; 0 is the network family's own
+        "adaptor": "identity",  # identity, extrapolation, or the file of an adaptor
+        "protect_first": 0,  # steps at the start, and at the end, that run in full
+        "protect_last": 0,
+        "cut": "auto",  # before or after the upsampler of the last deep block
+    })
+
+
+def encoder_propagation(config: ConfigDict) -> None:
+    """Faster Diffusion with the paper's key steps, one step after another and without prior noise (2312.09608)."""
+    config.policy = ConfigDict({
+        "name": "encoder_propagation",
+        "key_steps": "paper",  # paper, every:4, 0,1,2,3,5,10: steps that run the encoder
+        "parallel": False,  # decode the steps between two key steps in one batch
+        "max_parallel": 64,  # steps in such a batch at most
+        "prior_noise": 0.0,  # alpha of prior noise injection; the paper's is 0.003
+        "prior_from": 0.5,  # below this t
+    })
+
+
 METHODS: dict[str, Method] = {"full": full, "dpm_solver": dpm_solver, "dpm_solver_pp": dpm_solver_pp,
-                              "progressive": progressive}
+                              "progressive": progressive, "clockwork": clockwork,
+                              "encoder_propagation": encoder_propagation}
 
 
 def apply_methods(config: ConfigDict, methods: str, table: Mapping[str, Method]) -> None:

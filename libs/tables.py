@@ -1,11 +1,16 @@
-"""Result files (one JSON a run, by eval.py) as rows of a Markdown table: the README's tables are made here."""
+"""Result files (one JSON a run, by eval.py) as rows of a Markdown table: the README's tables are made here.
+
+    python -m libs.tables README.md
+"""
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import UserError
 from .files import atomic_path, reason
@@ -39,13 +44,16 @@ def result_row(result: Mapping[str, Any]) -> dict[str, str]:
         row |= {"method": result["method"]["name"], "sampler": sampler["name"], "NFE": str(result["nfe"])}
         row |= {"cfg_scale": f"{sampler['cfg_scale']:g}"} if sampler["cfg_scale"] != 1 else {}
         row |= {"GMACs": f"{whole:.4g}", "attention": f"{1 - rest / whole:.1%}"}
-    for name, metric in result["metrics"].items():
-        row[name] = f"{metric['value']:.3f} ({metric['samples']:,} images)"
+    row |= metric_columns(result)
     if "benchmark" in result:
         fastest = max(result["benchmark"]["batches"], key=lambda batch: batch["images_per_second"])
         row["latency"] = f"{result['benchmark']['latency_ms']['median']:,.0f} ms"
         row["images/s"] = f"{fastest['images_per_second']:.4g} ({fastest['rows']} rows)"
     return row
+
+
+def metric_columns(result: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{metric['value']:.3f} ({metric['samples']:,} images)" for name, metric in result["metrics"].items()}
 
 
 def results_table(paths: Iterable[str | Path]) -> str:
@@ -63,18 +71,134 @@ def read_result(path: str | Path) -> dict[str, Any]:
     return result
 
 
+def equal_steps(steps: int, ratio: float) -> int:
+    """Steps of plain sampling whose multiply-adds are nearest to `ratio` times those of `steps` steps; at least 1.
+    Halves go up, in favour of plain sampling.
+
+    >>> equal_steps(50, 0.543), equal_steps(8, 0.6875), equal_steps(8, 0.01)
+    (27, 6, 1)
+    """
+    return max(1, math.floor(steps * ratio + 0.5))
+
+
+class Comparison(NamedTuple):
+    """A cell of the grid (see `libs.compare`) beside plain sampling, the whole network in every call.
+
+    result      the cell
+    plain       plain sampling with the same checkpoint and sampler, at the steps that the methods start from
+    equal_time  whether `result` is plain sampling too, with as many steps as cost what the methods before it cost
+    """
+
+    result: Mapping[str, Any]
+    plain: Mapping[str, Any]
+    equal_time: bool = False
+
+    @property
+    def macs_ratio(self) -> float:
+        return gmacs(self.result) / gmacs(self.plain)
+
+    @property
+    def time_ratio(self) -> float | None:
+        """Time of a loop over the plain one's, taken in turns in one run; None where it was not."""
+        return self.result.get("timing", {}).get("ratio_to_plain", {}).get(self.plain["cell"]["name"])
+
+
+def gmacs(result: Mapping[str, Any]) -> float:
+    return result["gmacs_per_image"]["with_attention_products"]
+
+
+def is_plain(result: Mapping[str, Any]) -> bool:
+    return result["method"]["name"] == "full"
+
+
+def read_cells(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """The result files of `libs.compare`. Raises UserError for one that another program wrote."""
+    results = []
+    for path in paths:
+        results.append(read_result(path))
+        if not {"cell", "sampler", "gmacs_per_image"} <= results[-1].keys():
+            raise UserError(f"{path} is no cell of libs.compare")
+    return results
+
+
+def comparisons(results: Iterable[Mapping[str, Any]]) -> list[Comparison]:
+    """Cells in the order of the table. Each group (checkpoint, sampler, steps) begins with its plain cell; then
+    methods by falling cost, and after those that are worth equally many plain steps, these.
+    """
+    results = list(results)
+    plain = {_place(result): result for result in results if is_plain(result)}
+    groups: dict[tuple, list[Comparison]] = {}
+    for result in results:
+        if is_plain(result):
+            continue
+        if _place(result) not in plain:
+            raise UserError(f"cell {result['cell']['name']}: there is no plain cell of its checkpoint, sampler and "
+                            "steps beside it")
+        groups.setdefault(_place(result), []).append(Comparison(result, plain[_place(result)]))
+    rows, equals = {}, set()
+    for place, methods in groups.items():
+        *sampler, steps = place
+        methods.sort(key=lambda each: (-gmacs(each.result), each.result["cell"]["name"]))
+        rows[place] = [Comparison(plain[place], plain[place])]
+        for count, members in groupby(methods, lambda each, steps=steps: equal_steps(steps, each.macs_ratio)):
+            rows[place] += members
+            equal = (*sampler, count)
+            if equal != place and equal in plain:
+                rows[place].append(Comparison(plain[equal], plain[place], equal_time=True))
+                equals.add(equal)
+    for place in plain.keys() - groups.keys() - equals:
+        rows[place] = [Comparison(plain[place], plain[place])]
+    return [row for place in sorted(rows) for row in rows[place]]
+
+
+def _place(result: Mapping[str, Any]) -> tuple[str, str, str, int]:
+    """What a method and the plain sampling beside it have in common; the steps come last."""
+    rest = dict(result["sampler"])
+    name, steps = rest.pop("name"), rest.pop("steps")
+    return result["model"], name, json.dumps(rest, sort_keys=True), steps
+
+
+def comparison_row(row: Comparison) -> dict[str, str]:
+    """The cells of one comparison. "MACs" and "time" are ratios to the group's plain row."""
+    cell, sampler = row.result["cell"], row.result["sampler"]
+    return {
+        "model": row.result["model"], "method": row.result["method"]["name"],
+        "settings": "equal time" if row.equal_time else settings_text(cell["settings"]) or EMPTY,
+        "sampler": sampler["name"], "NFE": str(row.result["nfe"]), "GMACs": f"{gmacs(row.result):.4g}",
+        "MACs": f"{row.macs_ratio:.3f}", "time": EMPTY if row.time_ratio is None else f"{row.time_ratio:.3f}",
+    } | metric_columns(row.result)
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """A policy's settings in one phrase, files by their names.
+
+    >>> settings_text({"clock": 2, "adaptor": "assets/checkpoints/net.safetensors"})
+    'clock=2, adaptor=net'
+    """
+    return ", ".join(f"{name}={Path(value).stem if str(value).endswith('.safetensors') else value}"
+                     for name, value in settings.items())
+
+
+def compare_table(paths: Iterable[str | Path]) -> str:
+    """The table of the result files of a grid, every method beside plain sampling of equal time."""
+    return markdown_table(map(comparison_row, comparisons(read_cells(paths))))
+
+
+TABLES = {"results": results_table, "compare": compare_table}
+
+
 def fill_tables(text: str, root: Path) -> str:
-    """`text` with the table below every line `<!-- results: PATTERN -->` made anew from the files under `root`
-    that match PATTERN, in the order of their names.
+    """`text` with the table below every line `<!-- results: PATTERN -->` or `<!-- compare: PATTERN -->` made anew
+    from the files under `root` that match PATTERN; rows of `results` are in the order of the files' names.
     """
     def fill(match: re.Match) -> str:
-        table = results_table(sorted(root.glob(match["pattern"])))
+        table = TABLES[match["kind"]](sorted(root.glob(match["pattern"])))
         return f"{match['marker']}\n{table}\n"
 
-    return re.sub(r"(?P<marker><!-- results: (?P<pattern>\S+) -->)\n(?:\|.*\n)*", fill, text)
+    return re.sub(r"(?P<marker><!-- (?P<kind>results|compare): (?P<pattern>\S+) -->)\n(?:\|.*\n)*", fill, text)
 
 
-if __name__ == "__main__":  # python -m libs.tables README.md
+if __name__ == "__main__":
     for name in sys.argv[1:]:
         page = Path(name)
         filled = fill_tables(page.read_text(), page.resolve().parent)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from libs.errors import UserError
-from libs.tables import result_row, results_table
+from libs.tables import compare_table, fill_tables, result_row, results_table
 
 RESULT = {
     "model": "net", "method": {"name": "full"}, "nfe": 50, "samples": 500,
@@ -42,6 +42,58 @@ def test_table_of_files(tmp_path):
         "| net | full | ddim | 50 | 163.5 | 13.4% | 4.568 (500 images) | - |",
         "| outputs/x | - | - | - | - | - | - | 9.000 (3 images) |",
     ]
+
+
+def write_cell(folder, name, policy, steps, nfe_gmacs, settings=(), timing=None, **metrics):
+    result = RESULT | {
+        "method": {"name": policy}, "nfe": steps, "sampler": {"name": "ddim", "eta": 0.0, "steps": steps},
+        "gmacs_per_image": {"with_attention_products": nfe_gmacs}, "cell": {"name": name, "settings": dict(settings)},
+        "metrics": {key: {"value": value, "samples": 500} for key, value in metrics.items()},
+    }
+    if timing:
+        result["timing"] = {"ratio_to_plain": timing}
+    (folder / f"{name}.json").write_text(json.dumps(result))
+
+
+def test_every_method_stands_before_plain_sampling_of_equal_time(tmp_path):
+    times = [{"full_10": ratio} for ratio in (1.0, 0.625, 0.598)]
+    write_cell(tmp_path, "full_10", "full", 10, 35.3, timing=times[0], frechet_cifar10=2)
+    write_cell(tmp_path, "clock_2", "clockwork", 10, 21.0, {"clock": 2}, times[1], frechet_cifar10=3, psnr_to_plain=30)
+    write_cell(tmp_path, "keys", "encoder_propagation", 10, 22.0, {"key_steps": "paper"}, frechet_cifar10=3)
+    write_cell(tmp_path, "clock_4", "clockwork", 10, 14.0, {"clock": 4}, frechet_cifar10=4)
+    write_cell(tmp_path, "full_6", "full", 6, 21.2, timing=times[2], frechet_cifar10=2.5)
+    write_cell(tmp_path, "full_3", "full", 3, 10.6, frechet_cifar10=5)  # 14 GMACs are worth 4 steps, not 3
+    lines = [[cell.strip() for cell in line.strip("|").split("|")]
+             for line in compare_table(sorted(tmp_path.glob("*.json"))).splitlines()]
+    assert lines[0] == ["model", "method", "settings", "sampler", "NFE", "GMACs", "MACs", "time", "frechet_cifar10",
+                        "psnr_to_plain"]
+    rows = [[line[1], line[2], *line[4:]] for line in lines[2:]]
+    assert rows == [
+        ["full", "-", "3", "10.6", "1.000", "-", "5.000 (500 images)", "-"],
+        ["full", "-", "10", "35.3", "1.000", "1.000", "2.000 (500 images)", "-"],
+        ["encoder_propagation", "key_steps=paper", "10", "22", "0.623", "-", "3.000 (500 images)", "-"],
+        ["clockwork", "clock=2", "10", "21", "0.595", "0.625", "3.000 (500 images)", "30.000 (500 images)"],
+        ["full", "equal time", "6", "21.2", "0.601", "0.598", "2.500 (500 images)", "-"],
+        ["clockwork", "clock=4", "10", "14", "0.397", "-", "4.000 (500 images)", "-"],
+    ]
+
+
+def test_a_method_needs_its_plain_cell(tmp_path):
+    write_cell(tmp_path, "clock_2", "clockwork", 10, 21.0, frechet_cifar10=3)
+    write_cell(tmp_path, "full_9", "full", 9, 31.8, frechet_cifar10=2)
+    with pytest.raises(UserError, match="cell clock_2: there is no plain cell"):
+        compare_table(tmp_path.glob("*.json"))
+
+
+def test_both_markers_are_filled_and_the_rest_is_left(tmp_path):
+    (tmp_path / "results/compare").mkdir(parents=True)
+    (tmp_path / "results/a.json").write_text(json.dumps(RESULT))
+    write_cell(tmp_path / "results/compare", "full_10", "full", 10, 35.3, frechet_cifar10=2)
+    page = "a\n<!-- results: results/*.json -->\n| old |\n\nb\n<!-- compare: results/compare/*.json -->\nc\n"
+    filled = fill_tables(page, tmp_path)
+    assert filled == page.replace("| old |\n", results_table([tmp_path / "results/a.json"]) + "\n").replace(
+        "-->\nc", f"-->\n{compare_table([tmp_path / 'results/compare/full_10.json'])}\nc")
+    assert fill_tables(filled, tmp_path) == filled
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": "x"}'])

@@ -1,5 +1,7 @@
 """The policy that runs everything: the baseline of every table, and the contract of the others."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 
@@ -27,6 +29,10 @@ class Full:
         """
         self.times, self.rows_per_image = times, rows_per_image
         self.last = {}
+
+    def after_step(self, x_T: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """What the sampler of a loop from `x_T` (b, ...) does to its state between steps; None for nothing."""
+        return None
 
     def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None,
                  context: Tensor | None = None) -> Tensor:

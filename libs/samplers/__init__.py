@@ -1,11 +1,11 @@
 """Samplers: plain functions in the papers' symbols.
 
-    sampler(denoise, x_T, ts, schedule, noise=None, **options) -> x_0
+    sampler(denoise, x_T, ts, schedule, noise=None, after_step=keep, **options) -> x_0
 
 denoise(x_t, t) -> Prediction; x_T (b, ...); ts decreasing times on the host in float64, (steps + 1,) or
-(steps + 1, b); noise(k) -> (b, ...) standard normal of step k, for stochastic samplers. A sampler knows
-nothing of networks, guidance or caches. All make one evaluation a step, at ts[:-1]; a step onto clean data
-(t = 0) returns x_0.
+(steps + 1, b); noise(k) -> (b, ...) standard normal of step k, for stochastic samplers; after_step(x_t, t) -> x_t
+may change the state between steps. A sampler knows nothing of networks, guidance or caches. All make one
+evaluation a step, at ts[:-1]; a step onto clean data (t = 0) returns x_0.
 """
 
 from collections.abc import Callable

@@ -7,10 +7,11 @@ from torch import Tensor
 from ..denoiser import Denoise, rows
 from ..errors import choose
 from ..schedule import Schedule
+from .after_step import AfterStep, keep
 
 
 def ddim(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule: Schedule, noise: Callable | None = None,
-         eta: float = 0.0) -> Tensor:
+         after_step: AfterStep = keep, eta: float = 0.0) -> Tensor:
     """DDIM, equation 12: deterministic at eta = 0, with the posterior's variance at eta = 1."""
     alphas, sigmas = schedule.alpha(ts), schedule.sigma(ts)
     # sigma_{t|s}^2, the noise that the forward process adds from s = ts[i + 1] to t = ts[i]
@@ -23,11 +24,12 @@ def ddim(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule: Schedule, noise: C
         x = rows(alphas[i + 1], x) * x_0 + rows(directions[i], x) * eps
         if stds[i].any():
             x = x + rows(stds[i], x) * noise(i)
+        x = after_step(x, ts[i + 1])
     return x
 
 
 def ddpm(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule: Schedule, noise: Callable | None = None,
-         variance: str = "small") -> Tensor:
+         after_step: AfterStep = keep, variance: str = "small") -> Tensor:
     """Draws from q(x_s | x_t, x_0) step by step, equations 6 and 7.
 
     variance: `small`, the posterior's (beta tilde), or `large`, the forward process's (beta).
@@ -46,4 +48,5 @@ def ddpm(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule: Schedule, noise: C
         x = rows(from_x[i], x) * x + rows(from_x_0[i], x) * x_0
         if stds[i].any():
             x = x + rows(stds[i], x) * noise(i)
+        x = after_step(x, ts[i + 1])
     return x

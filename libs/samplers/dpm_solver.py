@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..denoiser import Denoise, rows
 from ..schedule import Schedule
+from .after_step import AfterStep, keep
 
 
 def singlestep_orders(steps: int, order: int) -> list[int]:
@@ -27,7 +28,7 @@ def singlestep_orders(steps: int, order: int) -> list[int]:
 
 
 def dpm_solver(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule: Schedule,
-               noise: Callable | None = None, order: int = 3,
+               noise: Callable | None = None, after_step: AfterStep = keep, order: int = 3,
                orders: list[int] | None = None) -> Tensor:
     """DPM-Solver-1, 2 and 3 (algorithms 1 to 3), one interval for each of `orders` (which sum to the steps).
 
@@ -73,4 +74,5 @@ def dpm_solver(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule: Schedule,
             phi_2 = phi_1(s, s + 3) / h - sigmas[s + 3]
             x = step(x, s, s + 3, (phi_1(s, s + 3), e_s), (phi_2 / r_2, e_2 - e_s))
         s += k
+        x = after_step(x, ts[s])
     return x

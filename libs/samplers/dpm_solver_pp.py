@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..denoiser import Denoise, rows
 from ..schedule import Schedule
+from .after_step import AfterStep, keep
 from .dpm_solver import singlestep_orders
 
 
@@ -47,7 +48,7 @@ def _combine(x: Tensor, keep: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def dpm_solver_pp_singlestep(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule: Schedule,
-                             noise: Callable | None = None, order: int = 3,
+                             noise: Callable | None = None, after_step: AfterStep = keep, order: int = 3,
                              orders: list[int] | None = None) -> Tensor:
     """DPM-Solver++ singlestep (2S, algorithm 1, and its third order), orders as in DPM-Solver-fast.
 
@@ -77,11 +78,12 @@ def dpm_solver_pp_singlestep(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule
             x = _combine(x, c.keep(s, s + 3), (c.phi_1(s, s + 3), d_s),
                          (c.phi_2(s, s + 3) / r_2, d_2 - d_s))
         s += k
+        x = after_step(x, ts[s])
     return x
 
 
 def dpm_solver_pp_multistep(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule: Schedule,
-                            noise: Callable | None = None, order: int = 2,
+                            noise: Callable | None = None, after_step: AfterStep = keep, order: int = 2,
                             lower_order_final: bool = True, exact_third: bool = False) -> Tensor:
     """DPM-Solver++ multistep (2M, algorithm 2, and 3M).
 
@@ -101,19 +103,19 @@ def dpm_solver_pp_multistep(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule:
             k = min(k, steps - i)
         if torch.isinf(c.lambdas[i + 1]).any():
             k = 1
-        keep, phi_1, d_0 = c.keep(i, i + 1), c.phi_1(i, i + 1), history[0]
-        if k == 1:
-            x = _combine(x, keep, (phi_1, d_0))
-            continue
-        h, h_0 = c.h(i, i + 1), c.h(i - 1, i)
-        first_0 = rows(h / h_0, x) * (d_0 - history[1])
+        remaining, phi_1, d_0 = c.keep(i, i + 1), c.phi_1(i, i + 1), history[0]
+        terms = [(phi_1, d_0)]
+        if k >= 2:
+            h, h_0 = c.h(i, i + 1), c.h(i - 1, i)
+            first_0 = rows(h / h_0, x) * (d_0 - history[1])
         if k == 2:
-            x = _combine(x, keep, (phi_1, d_0), (0.5 * phi_1, first_0))
-            continue
-        h_1 = c.h(i - 2, i - 1)
-        first_1 = rows(h / h_1, x) * (history[1] - history[2])
-        change = rows(h / (h_0 + h_1), x) * (first_0 - first_1)
-        first = first_0 + rows(h_0 / h, x) * change  # D_1 and D_2 of the paper
-        phi_3 = c.phi_3(i, i + 1) * (2 if exact_third else 1)
-        x = _combine(x, keep, (phi_1, d_0), (c.phi_2(i, i + 1), first), (-phi_3, change))
+            terms.append((0.5 * phi_1, first_0))
+        elif k == 3:
+            h_1 = c.h(i - 2, i - 1)
+            first_1 = rows(h / h_1, x) * (history[1] - history[2])
+            change = rows(h / (h_0 + h_1), x) * (first_0 - first_1)
+            first = first_0 + rows(h_0 / h, x) * change  # D_1 and D_2 of the paper
+            phi_3 = c.phi_3(i, i + 1) * (2 if exact_third else 1)
+            terms += [(c.phi_2(i, i + 1), first), (-phi_3, change)]
+        x = after_step(_combine(x, remaining, *terms), ts[i + 1])
     return x

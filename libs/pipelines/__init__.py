@@ -1,0 +1,25 @@
+"""Policies on diffusers' pipelines, in one line.
+
+    from libs.pipelines import Clockwork, EncoderPropagation, apply_policy
+
+    handle = apply_policy(pipe, Clockwork(clock=4))
+    image = pipe("a photo of a cat").images[0]
+    print(handle.stats())
+    handle.disable()  # the untouched pipeline
+
+`with apply_policy(pipe, EncoderPropagation(key_steps="paper", parallel=True)):` disables it at the end of the block.
+"""
+
+from ..policies.clockwork import Clockwork
+from ..policies.encoder_propagation import EncoderPropagation
+from .apply import Handle, apply_policy
+from .published_names import (
+    ClockworkWrapper,
+    register_faster_forward,
+    register_normal_pipeline,
+    register_parallel_pipeline,
+    seed_everything,
+)
+
+__all__ = ["Clockwork", "ClockworkWrapper", "EncoderPropagation", "Handle", "apply_policy", "register_faster_forward",
+           "register_normal_pipeline", "register_parallel_pipeline", "seed_everything"]

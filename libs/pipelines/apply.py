@@ -1,0 +1,60 @@
+"""`apply_policy`: a caching policy on a diffusers pipeline, whose own `__call__` stays as it is."""
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import UserError
+from ..policies.clocks import TimestepsClock
+from ..policies.encoder_propagation import EncoderPropagation
+from ..policies.step_cache import Settings
+from .prior_noise import PriorNoise
+
+
+class Handle:
+    """A policy at work on a pipeline; leaving a `with` block disables it.
+
+    disable()   the pipeline as it was before, bit for bit
+    stats()     what ran since the policy was applied, see `StepCache.stats`
+    """
+
+    def __init__(self, pipe: Any, settings: Settings):
+        unet = getattr(pipe, "unet", None)
+        if not isinstance(unet, nn.Module):
+            raise UserError(f"{type(pipe).__name__} has no UNet, so {type(settings).__name__} cannot serve it; what "
+                            "applies to it are few-step students (distillation) and fewer steps of its sampler")
+        clock = TimestepsClock(lambda: getattr(getattr(pipe, "scheduler", None), "timesteps", None))
+        self.cache = settings.attach(unet, clock)
+        try:
+            if isinstance(settings, EncoderPropagation):
+                controlnet = getattr(pipe, "controlnet", None)
+                for each in getattr(controlnet, "nets", [controlnet]):  # MultiControlNetModel holds several
+                    if isinstance(each, nn.Module):
+                        self.cache.replay_control(each)
+                if settings.prior_noise:
+                    self.cache.when_disabled(PriorNoise(pipe, settings, clock).remove)
+        except BaseException:
+            self.cache.disable()
+            raise
+
+    def stats(self) -> dict:
+        return self.cache.stats()
+
+    def disable(self) -> None:
+        self.cache.disable()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.disable()
+
+
+def apply_policy(pipe: Any, settings: Settings) -> Handle:
+    """Put a `Clockwork` or an `EncoderPropagation` to work on a diffusers pipeline with a UNet.
+
+    It starts afresh with every denoising loop (a new `scheduler.timesteps`, also of another scheduler), whatever
+    happened in the last one. Raises UserError for a pipeline or a UNet that it cannot serve, and for a UNet that has
+    a caching policy already; then nothing was changed.
+    """
+    return Handle(pipe, settings)

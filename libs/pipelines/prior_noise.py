@@ -1,0 +1,71 @@
+"""Prior noise injection (2312.09608, section 3.4) in a diffusers pipeline: z_t + alpha z_T in the second half."""
+
+import functools
+import math
+from typing import Any
+
+from torch import Tensor
+
+from ..policies.clocks import TimestepsClock
+from ..policies.encoder_propagation import EncoderPropagation
+
+
+class PriorNoise:
+    """Adds alpha z_T to what `pipe.scheduler.step` returns for a time below `prior_from`.
+
+    z_T is the state of the loop's first step, of unit variance. Schedulers such as Euler's keep a state of variance
+    1 + sigma^2, to which the noise is scaled. The result of the last step is left alone, and so is a loop that starts
+    in the middle (image to image), whose first state is no noise.
+    """
+
+    def __init__(self, pipe: Any, settings: EncoderPropagation, clock: TimestepsClock):
+        self.pipe, self.settings, self.clock = pipe, settings, clock
+        self.loop, self.z_T = 0, None
+        self.scheduler = None
+        self.follow()
+        clock.on_call = self.follow
+
+    def follow(self) -> None:
+        """Wrap the scheduler that the pipeline has now."""
+        if self.pipe.scheduler is not self.scheduler:
+            self.unwrap()
+            self.scheduler = self.pipe.scheduler
+            step = self.scheduler.step
+            self.scheduler.step = functools.wraps(step)(functools.partial(self.step, step))
+
+    def unwrap(self) -> None:
+        if self.scheduler is not None:
+            self.scheduler.__dict__.pop("step", None)
+        self.scheduler = None
+
+    def remove(self) -> None:
+        self.unwrap()
+        self.clock.on_call = None
+        self.z_T = None
+
+    def step(self, original, model_output, timestep, sample: Tensor, *args, **kwargs):
+        if self.clock.loop != self.loop:
+            self.loop = self.clock.loop
+            self.z_T = sample / self._scale() if self.clock.start == 0 else None
+        out = original(model_output, timestep, sample, *args, **kwargs)
+        if self.z_T is None or not self._is_due():
+            return out
+        injected = (self.settings.prior_noise * self._scale()) * self.z_T
+        if isinstance(out, tuple):
+            return (out[0] + injected, *out[1:])
+        out.prev_sample = out.prev_sample + injected
+        return out
+
+    def _is_due(self) -> bool:
+        """Whether the step that comes next is a grid point below `prior_from`."""
+        values, place = self.clock.values(), self.clock.place + 1
+        limit = self.settings.prior_from * self.scheduler.config.num_train_timesteps
+        if place >= len(values) or values[place] >= limit:
+            return False
+        return place + 1 == len(values) or values[place + 1] != values[place]  # else a second-order solver's midway
+
+    def _scale(self) -> float:
+        """Standard deviation that pure noise has in the scheduler's state now."""
+        if float(self.scheduler.init_noise_sigma) == 1 or self.scheduler.step_index is None:
+            return 1.0
+        return math.sqrt(1 + float(self.scheduler.sigmas[self.scheduler.step_index]) ** 2)

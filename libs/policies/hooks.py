@@ -1,0 +1,187 @@
+"""Hooks on the blocks of a network that let its own forward skip them.
+
+A root hook (`StepCache`) decides for every call whether the network runs in full or reuses; the hooks here obey. The
+model's forward does all the plumbing, so what it can do (ControlNet and adapter residuals, added conditions, LoRA,
+FreeU) it still does.
+
+What a hook remembers goes through two attributes. A full call leaves what it computed in `fresh`; the root, which
+torch.compile does not trace, then copies it into memory of its own and hands that to `memory` before a call that
+reuses. So a compiled graph never sees state that changes, and the buffers of a CUDA graph are not kept.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+
+
+class Mode:
+    """What the hooks of one network do in the present call."""
+
+    def __init__(self):
+        self.reuse = False
+
+
+class SiteHook(ModelHook):
+    """What all site hooks share. `mode` is common to the network."""
+
+    def __init__(self, mode: Mode):
+        super().__init__()
+        self.mode = mode
+        self.fresh: Any = None
+        self.memory: Any = None
+
+    def run(self, *args, **kwargs):
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+class Drop(SiteHook):
+    """Reuse: the block does not run, and nobody looks at what it returns."""
+
+    def new_forward(self, module: nn.Module, *args, **kwargs):
+        if self.mode.reuse:
+            return _fresh_hidden(self.memory)
+        out = self.run(*args, **kwargs)
+        hidden, *rest = out if isinstance(out, tuple) else (out,)
+        # The hidden state keeps its shape, as adapters add to it in place; residuals need none.
+        placeholders = (torch.zeros_like(hidden), *tensor_map(lambda x: x.new_zeros(()), tuple(rest)))
+        self.fresh = placeholders if isinstance(out, tuple) else placeholders[0]
+        return out
+
+
+class Replay(SiteHook):
+    """Reuse: the block returns what it returned in the last full call, for each of the copies in a decoder batch."""
+
+    def new_forward(self, module: nn.Module, *args, **kwargs):
+        if self.mode.reuse:
+            hidden = args[0] if args else next(iter(kwargs.values()))
+            return _fresh_hidden(repeat_rows(self.memory, len(hidden)))
+        self.fresh = self.run(*args, **kwargs)
+        return self.fresh
+
+
+class ReplayTokens(SiteHook):
+    """`Replay` of a transformer block whose time embedding is a token: that token keeps its own time.
+
+    The cached token moves by as much as the block's input token did since then, for the embedding enters the residual
+    stream by addition.
+    """
+
+    def __init__(self, mode: Mode, token: int):
+        super().__init__(mode)
+        self.token = token
+
+    def new_forward(self, module: nn.Module, x: Tensor, *args, **kwargs):
+        i = self.token
+        if self.mode.reuse:
+            out, before = repeat_rows(self.memory, len(x))
+            own = out[:, i:i + 1] + (x[:, i:i + 1] - before)
+            return torch.cat([out[:, :i], own, out[:, i + 1:]], dim=1)
+        out = self.run(x, *args, **kwargs)
+        self.fresh = out, x[:, i:i + 1]
+        return out
+
+
+class Deep(SiteHook):
+    """The decoder block that hands back r_out, what the low-resolution part of the network computed.
+
+    cut `after` takes r_out behind the block's upsampler, `before` in front of it, where the upsampler still runs.
+    In a call that reuses, `adaptor` makes r_out from `memory` (a DeepFeatures without r_in and temb); None hands the
+    last one back.
+    """
+
+    def __init__(self, mode: Mode, block: nn.Module, cut: str, adaptor: nn.Module | None):
+        super().__init__(mode)
+        self.adaptor = adaptor
+        self.upsamplers = list(getattr(block, "upsamplers", None) or ()) if cut == "before" else []
+        self.capture = Capture() if self.upsamplers else None
+        self._places = {name: i for i, name in enumerate(inspect.signature(block.forward).parameters)}
+
+    def new_forward(self, module: nn.Module, *args, **kwargs):
+        r_in = temb = None
+        if self.adaptor is not None and {"r_in", "r_in_key"} & self.adaptor.uses:
+            r_in = self._argument("res_hidden_states_tuple", args, kwargs)[0]  # of the outermost block that feeds it
+        if self.mode.reuse:
+            r_out = self.memory.r_key
+            if self.adaptor is not None:
+                temb = self._argument("temb", args, kwargs) if "temb" in self.adaptor.uses else None
+                r_out = self.adaptor(self.memory._replace(r_in=r_in, temb=temb))
+                self.fresh = r_out
+            for upsampler in self.upsamplers:
+                # IF's upsamplers are ResNets, which take the time embedding; the others take a size.
+                second = "temb" if hasattr(upsampler, "time_emb_proj") else "upsample_size"
+                r_out = upsampler(r_out, self._argument(second, args, kwargs))
+            return r_out
+        out = self.run(*args, **kwargs)
+        r_out = self.capture.seen if self.capture is not None else out
+        self.fresh = r_out, r_in
+        return out
+
+    def _argument(self, name: str, args: tuple, kwargs: dict):
+        place = self._places.get(name, len(args))
+        return args[place] if place < len(args) else kwargs.get(name)
+
+
+class Capture(ModelHook):
+    """Keeps the first argument of a module's last call: what the upsampler was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: Tensor | None = None
+
+    def new_forward(self, module: nn.Module, *args, **kwargs):
+        self.seen = args[0] if args else kwargs["hidden_states"]
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+def attach(module: nn.Module, hook: ModelHook, name: str) -> Callable[[], None]:
+    """Register `hook` on `module`; the function returned takes it off again and leaves no trace.
+
+    Others may have wrapped `module.forward` since (accelerate's offloading does): then their wrapper stays and calls
+    the module's own forward through us.
+    """
+    had_registry, had_forward = hasattr(module, "_diffusers_hook"), "forward" in module.__dict__
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.register_hook(hook, name)
+    installed = module.forward
+
+    def detach() -> None:
+        reference = hook.fn_ref
+        wrapped = module.forward is not installed and registry._hook_order[-1] == name
+        outer = module.forward
+        reference.forward = reference.original_forward  # for wrappers that hold on to it
+        registry.remove_hook(name, recurse=False)
+        if wrapped:
+            module.forward = outer
+        elif not had_forward and not registry.hooks:
+            del module.forward
+        if not had_registry and not registry.hooks:
+            del module._diffusers_hook
+
+    return detach
+
+
+def tensor_map(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Apply `function` to every tensor in nested tuples, lists and dicts (diffusers' outputs are dicts)."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(tensor_map(function, each) for each in value))
+    if isinstance(value, tuple | list):
+        return type(value)(tensor_map(function, each) for each in value)
+    if isinstance(value, dict):
+        return type(value)(**{key: tensor_map(function, each) for key, each in value.items()})
+    return value
+
+
+def repeat_rows(value: Any, rows: int) -> Any:
+    """Repeat the whole batch of every tensor until it has `rows` rows."""
+    return tensor_map(lambda x: x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.dim() - 1)), value)
+
+
+def _fresh_hidden(out: Any) -> Any:
+    """Adapters add to the hidden state in place, so what is cached must not be handed out itself."""
+    return out.clone() if isinstance(out, Tensor) else (out[0].clone(), *out[1:])

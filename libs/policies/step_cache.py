@@ -1,0 +1,423 @@
+"""The running policy behind `Clockwork` and `EncoderPropagation`: which calls reuse, and the memory of what."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from absl import logging
+from diffusers.hooks import ModelHook
+from torch import Tensor, nn
+
+from ..adaptors import DeepFeatures
+from ..errors import UserError, is_out_of_memory
+from .clocks import AnnouncedClock, Position, TimestepsClock
+from .full import Full
+from .hooks import Deep, Mode, SiteHook, attach, tensor_map
+from .sites import Sites, sites, unwrap
+
+ROOT = "step_cache"  # name of the hook on the network itself
+BATCHED = ("encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask", "added_cond_kwargs",
+           "down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals",
+           "encoder_attention_mask", "y", "context")  # arguments with one row an image
+
+
+class Settings(Protocol):
+    """What a caching policy is made of: a schedule and sites.
+
+    parallel, max_parallel   decode the steps up to the next key step in batches of so many at most
+    """
+
+    parallel: bool
+    max_parallel: int
+
+    def is_full(self, index: int, total: int | None) -> bool:
+        """Whether step `index` of `total` (None: nobody knows) runs the whole network."""
+
+    def after_step(self, x_T: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """What happens to the sampler's state between steps, see `Full.after_step`."""
+
+    def hooks(self, net: nn.Module, parts: Sites, mode: Mode) -> list[tuple[nn.Module, SiteHook]]:
+        """The modules to hook, each with its hook. Raises UserError for a network that it cannot serve."""
+
+
+@dataclass
+class Branch:
+    """Memory of one guidance branch: kept apart, since the branches' features differ.
+
+    buffers      hook -> what it remembers
+    signature    shape, dtype and device of the input that they belong to; None while there are none
+    last_full    index of the last full step; gap: steps between it and the one before
+    outputs      step -> output that a decoder batch made ahead of time
+    """
+
+    buffers: dict[SiteHook, Any] = field(default_factory=dict)
+    signature: tuple | None = None
+    last_full: int = 0
+    gap: int = 0
+    outputs: dict[int, Any] = field(default_factory=dict)
+    condition: tuple[Any, ...] = ()  # what those outputs depend on beside the features
+
+
+class StepCache(Full):
+    """Runs `net` in full on some steps and lets it reuse its own features on the others.
+
+    settings   a `Clockwork` or an `EncoderPropagation`
+    clock      tells steps and loops apart; by default by what it sees of the timesteps. `start` announces them.
+
+    Memory is forgotten at the start of every denoising loop, and a call runs in full whenever what it would reuse
+    is missing or was made for another shape, dtype or device, or when nobody can tell whose it is.
+    """
+
+    def __init__(self, net: nn.Module, settings: Settings, clock: TimestepsClock | None = None):
+        super().__init__(net)
+        self.settings, self.clock = settings, clock or TimestepsClock()
+        self.inner = unwrap(net)
+        self.names = list(inspect.signature(type(self.inner).forward).parameters)[1:]  # the input, its time, the rest
+        if getattr(self.inner, "_step_cache", None) is not None:
+            raise UserError(f"this {type(self.inner).__name__} has a caching policy already "
+                            f"({self.inner._step_cache.settings}); disable() it before another one")
+        self.mode, self.loop = Mode(), 0
+        self.branches: dict[int, Branch] = {}
+        self.controls: list[ControlReplay] = []
+        self.parallel, self.window = settings.parallel, settings.max_parallel
+        self.counts = dict.fromkeys(("full_calls", "reuse_calls", "decoder_batches", "decoded_steps", "loops"), 0)
+        self._ratios: dict[tuple, Tensor] = {}
+        self._warned = False
+        self._detach: list[Callable[[], None]] = []
+        hooks = settings.hooks(self.inner, sites(self.inner), self.mode)  # refuses before anything is hooked
+        self.site_hooks = [hook for _, hook in hooks]
+        self.deep = next((hook for hook in self.site_hooks if isinstance(hook, Deep)), None)
+        try:
+            for module, hook in hooks:
+                self._detach.append(attach(module, hook, "step_cache_site"))
+                if isinstance(hook, Deep) and hook.capture is not None:
+                    self._detach.append(attach(hook.upsamplers[0], hook.capture, "step_cache_capture"))
+            self._detach.append(attach(self.inner, Root(self), ROOT))
+        except BaseException:
+            self._take_off()
+            raise
+        self.inner._step_cache = self
+        self.inner._reset_stateful_cache = self.release  # diffusers' pipelines call it when an image is done
+
+    def start(self, times: Tensor, rows_per_image: int = 1) -> None:
+        super().start(times, rows_per_image)
+        if not isinstance(self.clock, AnnouncedClock):
+            self.clock = AnnouncedClock()
+        self.clock.start(times)
+
+    def after_step(self, x_T: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+        return self.settings.after_step(x_T)
+
+    def reset(self) -> None:
+        """The next call begins a new loop. Not needed where steps are announced or come from a scheduler."""
+        self.release()
+        if isinstance(self.clock, TimestepsClock):
+            self.clock.restart()
+
+    def release(self) -> None:
+        """Forget all features and free their memory."""
+        self.branches.clear()
+        for hook in self.site_hooks:
+            hook.memory = hook.fresh = None
+
+    def replay_control(self, module: nn.Module) -> None:
+        """Let a ControlNet beside the network run on key steps only and repeat its residuals on the others."""
+        hook = ControlReplay(self)
+        self._detach.append(attach(module, hook, "step_cache_control"))
+        self.controls.append(hook)
+
+    def when_disabled(self, function: Callable[[], None]) -> None:
+        """Call `function` when the policy is taken off."""
+        self._detach.append(function)
+
+    def stats(self) -> dict:
+        """What ran since the policy was made.
+
+        full_calls, reuse_calls: calls of the network that ran in full and that reused (a decoder batch counts once for
+        each of its steps); decoder_batches: calls that decoded several steps at once, decoded_steps: the steps in
+        them; loops: denoising loops begun.
+        """
+        control = {"control_calls": sum(hook.calls for hook in self.controls)} if self.controls else {}
+        return {**super().stats(), **self.counts, **control}
+
+    def disable(self) -> nn.Module:
+        """Take the hooks off. The network is then what it was before, bit for bit."""
+        self._take_off()
+        if self.inner.__dict__.get("_step_cache") is self:
+            del self.inner._step_cache, self.inner._reset_stateful_cache
+        self.release()
+        return self.net
+
+    def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        return self.net(x, timesteps, y=y, context=context)
+
+    def _take_off(self) -> None:
+        while self._detach:
+            self._detach.pop()()
+
+    def call(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        """One call of the network, whose own forward is `forward`."""
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        sample = given[self.names[0]]
+        self.calls += 1
+        self.rows += len(sample)
+        where = self.clock.at(given[self.names[1]])
+        branch = self.branch_at(where, sample)
+        try:
+            if branch is None:
+                return self._full(forward, given, None, where)
+            if branch.signature is None or self.settings.is_full(where.index, where.total):
+                out = self._full(forward, given, branch, where)
+                branch.signature = _signature(sample)
+                if self.parallel:
+                    self._decode_ahead(forward, given, branch, where)
+                return out
+            return self._reuse(forward, given, branch, where)
+        except BaseException:
+            if branch is not None:  # half-made features are none
+                self.branches.pop(where.branch, None)
+            raise
+        finally:
+            self.mode.reuse = False
+
+    def branch_at(self, where: Position, sample: Tensor) -> Branch | None:
+        """The memory for a call, emptied if it is another loop's or another input's; None if nobody can tell."""
+        if where.loop != self.loop:
+            self.branches.clear()
+            self.loop = where.loop
+            self.counts["loops"] += 1
+            if self.deep is not None and self.deep.adaptor is not None:
+                self.deep.adaptor.to(sample.device, next(self.inner.parameters(), sample).dtype)
+        if where.branch is None:
+            self._warn("cannot tell the guidance branches of a step from a loop that begins again, so every call runs "
+                       "in full; apply_policy(pipe, ...) or start(times) tells them apart")
+            return None
+        branch = self.branches.setdefault(where.branch, Branch())
+        if branch.signature not in (None, _signature(sample)):
+            branch = self.branches[where.branch] = Branch()
+        return branch
+
+    def _full(self, forward: Callable, given: dict, branch: Branch | None, where: Position) -> Any:
+        given = _with_own_lists(given)  # diffusers pops adapters' residuals from the caller's list
+        out = forward(**given)
+        self.counts["full_calls"] += 1
+        if branch is None:
+            for hook in self.site_hooks:
+                hook.fresh = None
+            return out
+        known: dict[int, Tensor] = {}
+
+        def keep(x: Tensor, old: Any) -> Tensor:
+            if id(x) not in known:
+                fits = isinstance(old, Tensor) and old.shape == x.shape and old.dtype == x.dtype and old is not x
+                known[id(x)] = old.copy_(x) if fits else x.detach().clone()
+            return known[id(x)]
+
+        for hook in self.site_hooks:
+            if hook is self.deep:
+                self._keep_deep(hook, branch, where)
+            else:
+                branch.buffers[hook] = _map_beside(keep, hook.fresh, branch.buffers.get(hook))
+            hook.fresh = hook.memory = None
+        branch.gap = where.index - branch.last_full
+        branch.last_full = where.index
+        branch.outputs.clear()
+        return out
+
+    def _keep_deep(self, hook: Deep, branch: Branch, where: Position) -> None:
+        r_out, r_in = hook.fresh
+        uses = hook.adaptor.uses if hook.adaptor is not None else {"r_key"}
+        old = branch.buffers.get(hook)
+        before = None
+        if "r_key_before" in uses:
+            before = _copy(old.r_key, old.r_key_before if old.r_key_before is not old.r_key else None) if old else None
+        key = _copy(r_out, old.r_key if old else None)
+        branch.buffers[hook] = DeepFeatures(
+            r_in=None, r_in_key=_copy(r_in, old and old.r_in_key) if "r_in_key" in uses else None,
+            r_prev=_copy(r_out, old and old.r_prev) if "r_prev" in uses else None, r_key=key,
+            r_key_before=key.clone() if before is None and "r_key_before" in uses else before, ratio=None, temb=None)
+
+    def _recall(self, branch: Branch, where: Position) -> None:
+        for hook in self.site_hooks:
+            memory = branch.buffers[hook]
+            if hook is self.deep and hook.adaptor is not None and "ratio" in hook.adaptor.uses:
+                memory = memory._replace(ratio=self._ratio(branch, where.index, memory.r_key))
+            hook.memory = memory
+
+    def _ratio(self, branch: Branch, index: int, like: Tensor) -> Tensor:
+        """Steps since the last full one over the steps between the last two, made once for each pair."""
+        value = (index - branch.last_full) / branch.gap if branch.gap else 0.0
+        key = value, like.device
+        if key not in self._ratios:
+            self._ratios[key] = torch.tensor([value], dtype=torch.float32, device=like.device)
+        return self._ratios[key]
+
+    def _reuse(self, forward: Callable, given: dict, branch: Branch, where: Position) -> Any:
+        if self.parallel and self._same_condition(given, branch):
+            stored = branch.outputs.pop(where.index, None)
+            if stored is not None:
+                return stored
+        self._recall(branch, where)
+        self.mode.reuse = True
+        out = forward(**_with_own_lists(given))
+        self.counts["reuse_calls"] += 1
+        if self.deep is not None and self.deep.fresh is not None:
+            memory = branch.buffers[self.deep]
+            if memory.r_prev is not None:
+                memory.r_prev.copy_(self.deep.fresh)
+            self.deep.fresh = None
+        return out
+
+    def _decode_ahead(self, forward: Callable, given: dict, branch: Branch, where: Position) -> None:
+        """Decode all steps up to the next key step in batches, as none of them depends on its x_t."""
+        if where.times is None:
+            raise UserError("policy.parallel=True needs the times to come, which this network's caller does not give; "
+                            "use apply_policy(pipe, ...), start(times), or parallel=False")
+        steps = []
+        for step in range(where.index + 1, where.total):
+            if self.settings.is_full(step, where.total):
+                break
+            steps.append(step)
+        branch.condition = _condition(given)
+        self._recall(branch, where)
+        self.mode.reuse = True
+        while steps:
+            window, steps = steps[:self.window], steps[self.window:]
+            try:
+                outputs = self._decode(forward, given, where.times[window[0]:window[-1] + 1])
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(window) == 1:
+                    raise
+                self.window = len(window) // 2
+                self._warn(f"a decoder batch of {len(window)} steps does not fit in memory; going on with "
+                           f"max_parallel={self.window}")
+                steps = window + steps
+                continue
+            self.counts["decoder_batches"] += 1
+            self.counts["decoded_steps"] += len(window)
+            self.counts["reuse_calls"] += len(window)
+            branch.outputs.update(zip(window, outputs, strict=True))
+
+    def _decode(self, forward: Callable, given: dict, times: Tensor) -> list[Any]:
+        """Outputs of the steps at `times` (k,) or (k, b), in one call of k b rows, the steps one after another."""
+        sample, timestep = given[self.names[0]], given[self.names[1]]
+        k, b = len(times), len(sample)
+        refuse_unbatchable(given)
+        wide = {name: _repeat_argument(value, k) if name in BATCHED else value for name, value in given.items()}
+        wide[self.names[0]] = sample.repeat(k, *[1] * (sample.dim() - 1))
+        dtype = timestep.dtype if isinstance(timestep, Tensor) else times.dtype
+        times = times.to(sample.device, dtype)
+        rows = times.repeat_interleave(b) if times.dim() == 1 else times.repeat(1, b // times.shape[1]).flatten()
+        wide[self.names[1]] = rows
+        out = forward(**wide)
+        return [tensor_map(lambda x, i=i: x[i * b:(i + 1) * b], out) for i in range(k)]
+
+    def _same_condition(self, given: dict, branch: Branch) -> bool:
+        """Whether the outputs made ahead are still those of this call; if a callback changed the prompt, they go."""
+        same = all(map(_equal, branch.condition, _condition(given)))
+        if not same:
+            branch.outputs.clear()
+        return same
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            logging.warning("%s: %s", type(self.settings).__name__, text)
+            self._warned = True
+
+
+class Root(ModelHook):
+    """Hands every call of the network to its cache, out of torch.compile's sight; the network inside is compiled."""
+
+    def __init__(self, cache: StepCache):
+        super().__init__()
+        self.cache = cache
+
+    @torch.compiler.disable(recursive=False)
+    def new_forward(self, module: nn.Module, *args, **kwargs):
+        return self.cache.call(self.fn_ref.original_forward, args, kwargs)
+
+
+class ControlReplay(ModelHook):
+    """A ControlNet beside a cached network: it runs on that network's key steps and repeats itself on the others."""
+
+    def __init__(self, cache: StepCache):
+        super().__init__()
+        self.cache, self.calls = cache, 0
+        self._memory: dict[int, tuple] = {}
+        self._loop = 0
+
+    @torch.compiler.disable(recursive=False)
+    def new_forward(self, module: nn.Module, *args, **kwargs):
+        given = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
+        where = self.cache.clock.at(given["timestep"], caller=self)
+        if where.loop != self._loop:
+            self._memory, self._loop = {}, where.loop
+        signature = _signature(given["sample"])
+        held, out = self._memory.get(where.branch, (None, None))
+        if where.branch is not None and held == signature and not self.cache.settings.is_full(where.index, where.total):
+            return tensor_map(Tensor.clone, out)  # a MultiControlNet adds in place to what its nets return
+        self._memory.pop(where.branch, None)
+        out = self.fn_ref.original_forward(*args, **kwargs)
+        self.calls += 1
+        if where.branch is not None:
+            self._memory[where.branch] = signature, tensor_map(Tensor.clone, out)  # safe under CUDA graphs
+        return out
+
+
+def refuse_unbatchable(given: dict) -> None:
+    """Raise a UserError for arguments whose rows nobody can repeat."""
+    extra = given.get("cross_attention_kwargs") or {}
+    tensors: list[Tensor] = []
+    tensor_map(tensors.append, dict(extra))
+    if tensors:
+        raise UserError(f"policy.parallel=True: cross_attention_kwargs with tensors ({', '.join(extra)}) cannot be "
+                        "decoded in one batch; use parallel=False")
+
+
+def _condition(given: dict) -> tuple[Any, ...]:
+    """What an output depends on beside the features and the time."""
+    return tuple(given.get(name) for name in BATCHED)
+
+
+def _signature(sample: Tensor) -> tuple:
+    return sample.shape, sample.dtype, sample.device
+
+
+def _with_own_lists(given: dict) -> dict:
+    return {name: list(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _repeat_argument(value: Any, k: int) -> Any:
+    return tensor_map(lambda x: x.repeat(k, *[1] * (x.dim() - 1)) if x.dim() else x, value)
+
+
+def _copy(new: Tensor, buffer: Tensor | None) -> Tensor:
+    """`new` in memory of our own, `buffer` where it fits."""
+    if buffer is not None and buffer.shape == new.shape and buffer.dtype == new.dtype:
+        return buffer.copy_(new)
+    return new.detach().clone()
+
+
+def _map_beside(function: Callable[[Tensor, Any], Tensor], value: Any, beside: Any) -> Any:
+    """`function(tensor, its counterpart in beside or None)` over nested tuples."""
+    if isinstance(value, Tensor):
+        return function(value, beside)
+    if isinstance(value, tuple | list):
+        others = beside if isinstance(beside, tuple | list) and len(beside) == len(value) else [None] * len(value)
+        return tuple(_map_beside(function, each, other) for each, other in zip(value, others, strict=True))
+    return value
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Equality of nested arguments; the same objects, the usual case, are not looked into."""
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.device == b.device and bool(torch.equal(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return type(a) is type(b) and a == b
