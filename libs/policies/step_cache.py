@@ -1,6 +1,7 @@
 """The running policy behind `Clockwork` and `EncoderPropagation`: which calls reuse, and the memory of what."""
 
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,6 +22,11 @@ ROOT = "step_cache"  # name of the hook on the network itself
 BATCHED = ("encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask", "added_cond_kwargs",
            "down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals",
            "encoder_attention_mask", "y", "context")  # arguments with one row an image
+
+# Under torch.compile only the network itself is compiled: frames marked `through` are skipped but let what they call
+# be compiled, frames marked `outside` run as plain Python with all that they call.
+through = torch.compiler.disable(recursive=False)
+outside = torch.compiler.disable
 
 
 class Settings(Protocol):
@@ -58,6 +64,17 @@ class Branch:
     gap: int = 0
     outputs: dict[int, Any] = field(default_factory=dict)
     condition: tuple[Any, ...] = ()  # what those outputs depend on beside the features
+
+
+@dataclass
+class Plan:
+    """One call of the network: its arguments by name, its place, its memory (None if nobody can tell whose it is)."""
+
+    given: dict[str, Any]
+    where: Position
+    branch: Branch | None
+    reuse: bool
+    stored: Any = None  # its output, if a decoder batch made it
 
 
 class StepCache(Full):
@@ -157,30 +174,73 @@ class StepCache(Full):
         while self._detach:
             self._detach.pop()()
 
+    @through
     def call(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         """One call of the network, whose own forward is `forward`."""
+        plan = self._plan(args, kwargs)
+        if plan.stored is not None:
+            return plan.stored
+        try:
+            self.mode.reuse = plan.reuse
+            out = forward(**plan.given)
+            self._done(plan)
+            if self.parallel and not plan.reuse and plan.branch is not None:
+                self._recall(plan)
+                self.mode.reuse = True
+                steps = self._steps_ahead(plan)
+                while steps:
+                    window = steps[:self.window]
+                    try:
+                        decoded = forward(**self._widened(plan, window))
+                    except (RuntimeError, MemoryError) as error:
+                        self._shrink_window(error, window)
+                        continue
+                    self._keep_outputs(plan, window, decoded)
+                    steps = steps[len(window):]
+        except BaseException:
+            self._forget(plan)  # half-made features are none
+            raise
+        finally:
+            self.mode.reuse = False
+        return out
+
+    @outside
+    def _plan(self, args: tuple, kwargs: dict) -> "Plan":
+        """What this call does; where it reuses, the memory is laid out for it."""
         given = dict(zip(self.names, args, strict=False)) | kwargs
+        # diffusers pops adapters' residuals from the caller's list
+        given = {name: list(value) if isinstance(value, list) else value for name, value in given.items()}
         sample = given[self.names[0]]
         self.calls += 1
         self.rows += len(sample)
         where = self.clock.at(given[self.names[1]])
         branch = self.branch_at(where, sample)
-        try:
-            if branch is None:
-                return self._full(forward, given, None, where)
-            if branch.signature is None or self.settings.is_full(where.index, where.total):
-                out = self._full(forward, given, branch, where)
-                branch.signature = _signature(sample)
-                if self.parallel:
-                    self._decode_ahead(forward, given, branch, where)
-                return out
-            return self._reuse(forward, given, branch, where)
-        except BaseException:
-            if branch is not None:  # half-made features are none
-                self.branches.pop(where.branch, None)
-            raise
-        finally:
-            self.mode.reuse = False
+        plan = Plan(given, where, branch, reuse=branch is not None and branch.signature is not None
+                    and not self.settings.is_full(where.index, where.total))
+        if plan.reuse:
+            if self.parallel and self._same_condition(given, branch):
+                plan.stored = branch.outputs.pop(where.index, None)
+            if plan.stored is None:
+                self._recall(plan)
+        return plan
+
+    @outside
+    def _done(self, plan: "Plan") -> None:
+        if plan.reuse:
+            self.counts["reuse_calls"] += 1
+            self._keep_correction(plan.branch)
+            return
+        self.counts["full_calls"] += 1
+        if plan.branch is None:
+            for hook in self.site_hooks:
+                hook.fresh = None
+        else:
+            self._keep_features(plan)
+            plan.branch.signature = _signature(plan.given[self.names[0]])
+
+    @outside
+    def _forget(self, plan: "Plan") -> None:
+        self.branches.pop(plan.where.branch, None)
 
     def branch_at(self, where: Position, sample: Tensor) -> Branch | None:
         """The memory for a call, emptied if it is another loop's or another input's; None if nobody can tell."""
@@ -199,51 +259,53 @@ class StepCache(Full):
             branch = self.branches[where.branch] = Branch()
         return branch
 
-    def _full(self, forward: Callable, given: dict, branch: Branch | None, where: Position) -> Any:
-        given = _with_own_lists(given)  # diffusers pops adapters' residuals from the caller's list
-        out = forward(**given)
-        self.counts["full_calls"] += 1
-        if branch is None:
-            for hook in self.site_hooks:
-                hook.fresh = None
-            return out
-        known: dict[int, Tensor] = {}
+    def _keep_features(self, plan: "Plan") -> None:
+        """Copy what a full call left in the hooks into the branch's memory."""
+        branch, where = plan.branch, plan.where
+        known: dict[int, Tensor] = {}  # a block's hidden state is often its last residual too
 
-        def keep(x: Tensor, old: Any) -> Tensor:
-            if id(x) not in known:
-                fits = isinstance(old, Tensor) and old.shape == x.shape and old.dtype == x.dtype and old is not x
-                known[id(x)] = old.copy_(x) if fits else x.detach().clone()
-            return known[id(x)]
+        def keep(new: Tensor, old: Any) -> Tensor:
+            if id(new) not in known:
+                known[id(new)] = _copy(new, old if isinstance(old, Tensor) else None)
+            return known[id(new)]
 
         for hook in self.site_hooks:
             if hook is self.deep:
-                self._keep_deep(hook, branch, where)
+                self._keep_deep(hook, branch)
             else:
                 branch.buffers[hook] = _map_beside(keep, hook.fresh, branch.buffers.get(hook))
             hook.fresh = hook.memory = None
         branch.gap = where.index - branch.last_full
         branch.last_full = where.index
         branch.outputs.clear()
-        return out
 
-    def _keep_deep(self, hook: Deep, branch: Branch, where: Position) -> None:
+    def _keep_deep(self, hook: Deep, branch: Branch) -> None:
         r_out, r_in = hook.fresh
         uses = hook.adaptor.uses if hook.adaptor is not None else {"r_key"}
-        old = branch.buffers.get(hook)
+        old = branch.buffers.get(hook, DeepFeatures())
         before = None
         if "r_key_before" in uses:
-            before = _copy(old.r_key, old.r_key_before if old.r_key_before is not old.r_key else None) if old else None
-        key = _copy(r_out, old.r_key if old else None)
+            before = _copy(r_out if old.r_key is None else old.r_key, old.r_key_before)
         branch.buffers[hook] = DeepFeatures(
-            r_in=None, r_in_key=_copy(r_in, old and old.r_in_key) if "r_in_key" in uses else None,
-            r_prev=_copy(r_out, old and old.r_prev) if "r_prev" in uses else None, r_key=key,
-            r_key_before=key.clone() if before is None and "r_key_before" in uses else before, ratio=None, temb=None)
+            r_key=_copy(r_out, old.r_key), r_key_before=before,
+            r_prev=_copy(r_out, old.r_prev) if "r_prev" in uses else None,
+            r_in_key=_copy(r_in, old.r_in_key) if "r_in_key" in uses else None)
 
-    def _recall(self, branch: Branch, where: Position) -> None:
+    def _keep_correction(self, branch: Branch) -> None:
+        """What an adaptor made is the r_prev of the next step."""
+        if self.deep is not None and self.deep.fresh is not None:
+            memory = branch.buffers[self.deep]
+            if memory.r_prev is not None:
+                memory.r_prev.copy_(self.deep.fresh)
+            self.deep.fresh = None
+
+    @outside
+    def _recall(self, plan: "Plan") -> None:
+        """Lay the branch's memory out in the hooks."""
         for hook in self.site_hooks:
-            memory = branch.buffers[hook]
+            memory = plan.branch.buffers[hook]
             if hook is self.deep and hook.adaptor is not None and "ratio" in hook.adaptor.uses:
-                memory = memory._replace(ratio=self._ratio(branch, where.index, memory.r_key))
+                memory = memory._replace(ratio=self._ratio(plan.branch, plan.where.index, memory.r_key))
             hook.memory = memory
 
     def _ratio(self, branch: Branch, index: int, like: Tensor) -> Tensor:
@@ -254,65 +316,47 @@ class StepCache(Full):
             self._ratios[key] = torch.tensor([value], dtype=torch.float32, device=like.device)
         return self._ratios[key]
 
-    def _reuse(self, forward: Callable, given: dict, branch: Branch, where: Position) -> Any:
-        if self.parallel and self._same_condition(given, branch):
-            stored = branch.outputs.pop(where.index, None)
-            if stored is not None:
-                return stored
-        self._recall(branch, where)
-        self.mode.reuse = True
-        out = forward(**_with_own_lists(given))
-        self.counts["reuse_calls"] += 1
-        if self.deep is not None and self.deep.fresh is not None:
-            memory = branch.buffers[self.deep]
-            if memory.r_prev is not None:
-                memory.r_prev.copy_(self.deep.fresh)
-            self.deep.fresh = None
-        return out
-
-    def _decode_ahead(self, forward: Callable, given: dict, branch: Branch, where: Position) -> None:
-        """Decode all steps up to the next key step in batches, as none of them depends on its x_t."""
+    @outside
+    def _steps_ahead(self, plan: "Plan") -> list[int]:
+        """The steps up to the next key step, none of which depends on its x_t."""
+        where = plan.where
         if where.times is None:
             raise UserError("policy.parallel=True needs the times to come, which this network's caller does not give; "
                             "use apply_policy(pipe, ...), start(times), or parallel=False")
-        steps = []
-        for step in range(where.index + 1, where.total):
-            if self.settings.is_full(step, where.total):
-                break
-            steps.append(step)
-        branch.condition = _condition(given)
-        self._recall(branch, where)
-        self.mode.reuse = True
-        while steps:
-            window, steps = steps[:self.window], steps[self.window:]
-            try:
-                outputs = self._decode(forward, given, where.times[window[0]:window[-1] + 1])
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(window) == 1:
-                    raise
-                self.window = len(window) // 2
-                self._warn(f"a decoder batch of {len(window)} steps does not fit in memory; going on with "
-                           f"max_parallel={self.window}")
-                steps = window + steps
-                continue
-            self.counts["decoder_batches"] += 1
-            self.counts["decoded_steps"] += len(window)
-            self.counts["reuse_calls"] += len(window)
-            branch.outputs.update(zip(window, outputs, strict=True))
+        plan.branch.condition = _condition(plan.given)
+        ahead = range(where.index + 1, where.total)
+        return list(itertools.takewhile(lambda step: not self.settings.is_full(step, where.total), ahead))
 
-    def _decode(self, forward: Callable, given: dict, times: Tensor) -> list[Any]:
-        """Outputs of the steps at `times` (k,) or (k, b), in one call of k b rows, the steps one after another."""
+    @outside
+    def _widened(self, plan: "Plan", window: list[int]) -> dict:
+        """Arguments of one call that decodes the k steps of `window`: k b rows, one step after another."""
+        given, times = plan.given, plan.where.times[window[0]:window[-1] + 1]
         sample, timestep = given[self.names[0]], given[self.names[1]]
-        k, b = len(times), len(sample)
+        k, b = len(window), len(sample)
         refuse_unbatchable(given)
         wide = {name: _repeat_argument(value, k) if name in BATCHED else value for name, value in given.items()}
-        wide[self.names[0]] = sample.repeat(k, *[1] * (sample.dim() - 1))
-        dtype = timestep.dtype if isinstance(timestep, Tensor) else times.dtype
-        times = times.to(sample.device, dtype)
+        wide[self.names[0]] = sample.repeat(k, *[1] * (sample.dim() - 1))  # its values do not matter
+        times = times.to(sample.device, timestep.dtype if isinstance(timestep, Tensor) else times.dtype)
         rows = times.repeat_interleave(b) if times.dim() == 1 else times.repeat(1, b // times.shape[1]).flatten()
         wide[self.names[1]] = rows
-        out = forward(**wide)
-        return [tensor_map(lambda x, i=i: x[i * b:(i + 1) * b], out) for i in range(k)]
+        return wide
+
+    @outside
+    def _keep_outputs(self, plan: "Plan", window: list[int], decoded: Any) -> None:
+        b = len(plan.given[self.names[0]])
+        for i, step in enumerate(window):
+            plan.branch.outputs[step] = tensor_map(lambda x, i=i: x[i * b:(i + 1) * b].clone(), decoded)
+        self.counts["decoder_batches"] += 1
+        self.counts["decoded_steps"] += len(window)
+        self.counts["reuse_calls"] += len(window)
+
+    @outside
+    def _shrink_window(self, error: Exception, window: list[int]) -> None:
+        if not is_out_of_memory(error) or len(window) == 1:
+            raise error
+        self.window = len(window) // 2
+        self._warn(f"a decoder batch of {len(window)} steps does not fit in memory; going on with "
+                   f"max_parallel={self.window}")
 
     def _same_condition(self, given: dict, branch: Branch) -> bool:
         """Whether the outputs made ahead are still those of this call; if a callback changed the prompt, they go."""
@@ -328,13 +372,13 @@ class StepCache(Full):
 
 
 class Root(ModelHook):
-    """Hands every call of the network to its cache, out of torch.compile's sight; the network inside is compiled."""
+    """Hands every call of the network to its cache."""
 
     def __init__(self, cache: StepCache):
         super().__init__()
         self.cache = cache
 
-    @torch.compiler.disable(recursive=False)
+    @through
     def new_forward(self, module: nn.Module, *args, **kwargs):
         return self.cache.call(self.fn_ref.original_forward, args, kwargs)
 
@@ -348,22 +392,32 @@ class ControlReplay(ModelHook):
         self._memory: dict[int, tuple] = {}
         self._loop = 0
 
-    @torch.compiler.disable(recursive=False)
+    @through
     def new_forward(self, module: nn.Module, *args, **kwargs):
         given = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
-        where = self.cache.clock.at(given["timestep"], caller=self)
+        where, stored = self._look_up(given["sample"], given["timestep"])
+        if stored is not None:
+            return stored
+        out = self.fn_ref.original_forward(*args, **kwargs)
+        self._keep(where, given["sample"], out)
+        return out
+
+    @outside
+    def _look_up(self, sample: Tensor, timestep: Tensor | float) -> tuple[Position, Any]:
+        where = self.cache.clock.at(timestep, caller=self)
         if where.loop != self._loop:
             self._memory, self._loop = {}, where.loop
-        signature = _signature(given["sample"])
         held, out = self._memory.get(where.branch, (None, None))
-        if where.branch is not None and held == signature and not self.cache.settings.is_full(where.index, where.total):
-            return tensor_map(Tensor.clone, out)  # a MultiControlNet adds in place to what its nets return
-        self._memory.pop(where.branch, None)
-        out = self.fn_ref.original_forward(*args, **kwargs)
+        if held != _signature(sample) or self.cache.settings.is_full(where.index, where.total):
+            self._memory.pop(where.branch, None)
+            return where, None
+        return where, tensor_map(Tensor.clone, out)  # a MultiControlNet adds in place to what its nets return
+
+    @outside
+    def _keep(self, where: Position, sample: Tensor, out: Any) -> None:
         self.calls += 1
         if where.branch is not None:
-            self._memory[where.branch] = signature, tensor_map(Tensor.clone, out)  # safe under CUDA graphs
-        return out
+            self._memory[where.branch] = _signature(sample), tensor_map(Tensor.clone, out)
 
 
 def refuse_unbatchable(given: dict) -> None:
@@ -383,10 +437,6 @@ def _condition(given: dict) -> tuple[Any, ...]:
 
 def _signature(sample: Tensor) -> tuple:
     return sample.shape, sample.dtype, sample.device
-
-
-def _with_own_lists(given: dict) -> dict:
-    return {name: list(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def _repeat_argument(value: Any, k: int) -> Any:
