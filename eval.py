@@ -4,6 +4,8 @@
     python eval.py --config=configs/cifar10_unet.py --config.eval.metrics=frechet_cifar10,class_accuracy \\
         --seeds=0-499 --keep_images=outputs/unet --benchmark --out=outputs/eval/unet.json
     python eval.py --images=outputs/unet --out=outputs/eval/unet_again.json
+    python eval.py --config=configs/sd15.py --images=outputs/sd15 --prompts=captions.txt \\
+        --config.eval.metrics=clip_score --out=outputs/eval/sd15.json
 
 Metrics are the names in --config.eval.metrics. With --keep_images the same command again goes on where the last one
 was interrupted.
@@ -31,7 +33,8 @@ from libs.provenance import command_line, file_sha256, git_commit, machine, vers
 from libs.seeds import parse_labels, parse_seeds
 from libs.tables import markdown_table, result_row
 
-FLAGS = ("seeds", "labels", "checkpoint", "keep_images", "images", "benchmark", "inception_weights", "out")
+FLAGS = ("seeds", "labels", "checkpoint", "keep_images", "images", "prompts", "image_size", "benchmark",
+         "inception_weights", "out")
 
 
 def define_flags(fv) -> None:
@@ -40,6 +43,8 @@ def define_flags(fv) -> None:
     absl_flags.DEFINE_string("checkpoint", None, "released name, file or training folder", flag_values=fv)
     absl_flags.DEFINE_string("keep_images", None, "folder that keeps the images of the seeds", flag_values=fv)
     absl_flags.DEFINE_string("images", None, "score the images of this folder, instead of seeds", flag_values=fv)
+    absl_flags.DEFINE_string("prompts", None, "what sample.py made --images from: a text or a file", flag_values=fv)
+    absl_flags.DEFINE_integer("image_size", None, "crop and resize --images, and the reference, to it", flag_values=fv)
     absl_flags.DEFINE_boolean("benchmark", False, "time the sampling too, see config.eval", flag_values=fv)
     absl_flags.DEFINE_string("inception_weights", None, "file of FID's network; else fetched", flag_values=fv)
     absl_flags.DEFINE_string("out", None, "result file (.json)", flag_values=fv)
@@ -66,6 +71,11 @@ def evaluate_seeds(config, flags) -> dict | None:
     """Generate the seeds' images (or take them from --keep_images), score and cost them."""
     if config is None:
         raise UserError("--config is missing: --seeds needs a model")
+    for flag in ("prompts", "image_size"):
+        if getattr(flags, flag) is not None:
+            raise UserError(f"--{flag}={getattr(flags, flag)} belongs to --images, not to --seeds")
+    if "pipeline" in config:
+        raise UserError(f"--seeds={flags.seeds}: a pipeline's images are made by sample.py and scored with --images")
     seeds = parse_seeds(flags.seeds)
     section = config.eval
     check_benchmark(section.benchmark_rows, section.benchmark_steps, section.benchmark_repeats)
@@ -116,20 +126,28 @@ def evaluate_folder(config, flags) -> dict | None:
             raise UserError(f"--{flag}={getattr(flags, flag)} belongs to --seeds, not to --images")
     if flags.benchmark:
         raise UserError("--benchmark belongs to --seeds, not to --images")
-    names = image_names(flags.images)
+    if flags.image_size is not None and flags.image_size < 1:
+        raise UserError(f"--image_size={flags.image_size} must be at least 1")
+    names, prompts = image_names(flags.images), None
+    if flags.prompts is not None:
+        from libs.pipelines.prompts import prompts_of_files
+
+        prompts = prompts_of_files(flags.prompts, flags.images, names)
     settings = config or base_config()
     processes = Processes(cli.choose_device(settings.compute.device))
-    first = next(folder_batches(flags.images, 1, field="--images", names=names[:1]))
+    first = next(folder_batches(flags.images, 1, 3, flags.image_size, "--images", names[:1]))
     metrics = Metrics(Request(
-        settings.eval, len(names), tuple(first.shape[1:]), processes.device, config and config.data,
-        inception_weights=flags.inception_weights, with_reference=processes.is_main))
-    score_files(metrics, flags.images, names[processes.rank::processes.count], processes.is_main)
+        settings.eval, len(names), tuple(first.shape[1:]), processes.device, config and config.get("data"),
+        inception_weights=flags.inception_weights, with_reference=processes.is_main, prompts=prompts is not None))
+    own = slice(processes.rank, None, processes.count)
+    score_files(metrics, flags.images, names[own], processes.is_main, flags.image_size, prompts and prompts[own])
     measured = metrics.compute(processes)
     processes.close()
     if not processes.is_main:
         return None
     return {"model": flags.images, "images": flags.images, "chain": read_chain(Path(flags.images)),
-            "config": flags.config, "samples": len(names), "metrics": measured}
+            "config": flags.config, "prompts": flags.prompts, "image_size": flags.image_size, "samples": len(names),
+            "metrics": measured}
 
 
 def main(argv: list[str] | None = None) -> int:

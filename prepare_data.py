@@ -38,6 +38,8 @@ def stats(config, flags) -> None:
         raise UserError(f"--out={flags.out} must end in .npz")
     if config is None and flags.images is None:
         raise UserError("give --config, whose data set is read, or --images=DIR")
+    if flags.images is None and "data" not in config:
+        raise UserError(f"--config={flags.config}: a pipeline has no data set; give --images=DIR")
     cli.output_dir(Path(flags.out).parent)
     if flags.images is None:
         source = load_data(**{name: value for name, value in config.data.items() if name != "flip"})

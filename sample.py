@@ -3,13 +3,19 @@
     python sample.py --config=configs/cifar10_uvit_tiny.py --seeds=0-63 --out=outputs/uvit_tiny
     python sample.py --config=configs/cifar10_unet.py --seeds=0-9 --labels=3 --config.sampler.steps=20 \\
         --config.sampler.name=dpm_solver_pp --out=outputs/cats
+    python sample.py --config=configs/sd15.py:encoder_propagation --prompts="a photo of an astronaut" --seeds=0-3 \\
+        --out=outputs/sd15 --compare
 
-The same seed gives the same image in any batch. The same command again makes only what is missing.
+The same seed gives the same image in any batch. The same command again makes only what is missing. Seed i shows
+prompt i modulo their number. --compare times the plain pipeline against the accelerated one and writes compare.json
+and compare.png (left plain, right accelerated).
 """
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags as absl_flags
@@ -31,10 +37,42 @@ GRID = 100  # images in grid.png at most
 def define_flags(fv) -> None:
     absl_flags.DEFINE_string("seeds", "0-15", "seeds of the images: 0-63 or 1,5,7-9", flag_values=fv)
     absl_flags.DEFINE_string("labels", None, "classes, given to the seeds in turn: 3 or 0-9", flag_values=fv)
+    absl_flags.DEFINE_string("prompts", None, "a text, or a file: .txt, one a line, or COCO's .json", flag_values=fv)
+    absl_flags.DEFINE_string("control_image", None, "a ControlNet's image, or a folder of them", flag_values=fv)
     absl_flags.DEFINE_integer("batch_size", 0, "images written at a time; 0 is compute.rows", flag_values=fv)
     absl_flags.DEFINE_string("checkpoint", None, "released name, file or training folder", flag_values=fv)
     absl_flags.DEFINE_bool("cost", False, "count multiply-adds, by sampling one more image", flag_values=fv)
+    absl_flags.DEFINE_bool("compare", False, "time a pipeline's policy beside the plain pipeline", flag_values=fv)
+    absl_flags.DEFINE_integer("repeats", 3, "timed calls of each of the two of --compare", flag_values=fv)
     absl_flags.DEFINE_string("out", "outputs/samples", "folder, or a file that ends in .npz", flag_values=fv)
+
+
+def open_chain(config, flags, device):
+    """(chain, its fingerprint, what the summary says of it, what its policy ran)."""
+    for flag in ("prompts", "control_image", "compare"):
+        if getattr(flags, flag):
+            raise UserError(f"--{flag}={getattr(flags, flag)} belongs to a pipeline, such as configs/sd15.py")
+    chain, checkpoint = build.load_chain(config, flags.checkpoint, device, flags.overrides)
+    about = {"model": Path(flags.checkpoint or config.checkpoint).name, "sampler": config.sampler.name}
+    return chain, fingerprint(config, checkpoint, flags.labels), about, chain.policy.stats
+
+
+def open_pipeline(config, flags, device):
+    """The same of a diffusers pipeline."""
+    from libs.pipelines.prompts import read_prompts  # diffusers takes seconds to import
+    from libs.pipelines.sampling import PipelineSampler, check_compare
+
+    for flag in ("labels", "checkpoint", "cost"):
+        if getattr(flags, flag):
+            raise UserError(f"--{flag}={getattr(flags, flag)} belongs to a config without a pipeline")
+    if flags.compare:
+        check_compare(config.policy, flags.out, flags.repeats)
+    if flags.prompts is None:
+        raise UserError("--prompts is missing: a text, a .txt file with one a line, or a .json file of COCO's captions")
+    sampler = PipelineSampler(config, read_prompts(flags.prompts), device, flags.control_image)
+    about = {"model": Path(config.pipeline.path).name, "sampler": config.pipeline.scheduler, "prompts": flags.prompts,
+             "method": config.policy.to_dict()}
+    return sampler, sampler.fingerprint, about, sampler.stats
 
 
 def sample(config, flags) -> None:
@@ -44,38 +82,54 @@ def sample(config, flags) -> None:
     as_npz = flags.out.endswith(".npz")
     out = cli.output_dir(f"{flags.out}.parts" if as_npz else flags.out)
     processes = Processes(cli.choose_device(config.compute.device))
-    chain, checkpoint = build.load_chain(config, flags.checkpoint, processes.device, flags.overrides)
-    labels = parse_labels(flags.labels, seeds, chain.num_classes)
-    folder = ImageFolder(out, fingerprint(config, checkpoint, flags.labels))
+    open_source = open_pipeline if "pipeline" in config else open_chain
+    source, made_by, about, stats = open_source(config, flags, processes.device)
+    labels = parse_labels(flags.labels, seeds, source.num_classes)
+    folder = ImageFolder(out, made_by)
 
-    own = folder.missing(processes.share(seeds, chain.rows))
-    own_labels = parse_labels(flags.labels, own, chain.num_classes)
+    own = folder.missing(processes.share(seeds, source.rows))
+    own_labels = parse_labels(flags.labels, own, source.num_classes)
     with tqdm(total=len(own), unit="image", disable=not processes.is_main) as progress:
-        for batch, images in chain.images(own, own_labels, flags.batch_size or None):
+        for batch, images in source.images(own, own_labels, flags.batch_size or None):
             folder.save(batch, images)
             progress.update(len(batch))
     seconds = progress.format_dict["elapsed"]
     made = sum(processes.gather(len(own)))  # by now all images are there
     if processes.is_main:
         if own:
-            summary = {"model": Path(flags.checkpoint or config.checkpoint).name,
-                       "sampler": config.sampler.name, "nfe": chain.nfe, "cfg_scale": chain.cfg_scale,
+            summary = {**about, "nfe": source.nfe, "cfg_scale": source.cfg_scale, "stats": stats(),
                        "images": made, "processes": processes.count, "seconds_per_image": seconds / made}
             if flags.cost:
-                summary["gmacs_per_image"] = gmacs_per_image(chain, own[:1], labels and own_labels[:1])
-            path = Path(flags.out).with_suffix(".json") if as_npz else out / "summary.json"
-            with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(summary, indent=1))
+                summary["gmacs_per_image"] = gmacs_per_image(source, own[:1], labels and own_labels[:1])
+            write_json(Path(flags.out).with_suffix(".json") if as_npz else out / "summary.json", summary)
+        if flags.compare:
+            compare_with_plain(source, seeds, folder, flags.repeats)
         if as_npz:
             with atomic_path(flags.out) as temporary, open(temporary, "wb") as file:
                 np.savez(file, images=folder.load(seeds).numpy(), seeds=seeds, labels=labels or [])
             folder.remove()
         else:
             images = folder.load(seeds[:GRID])
-            columns = 10 if chain.num_classes == 10 and flags.labels is None else 8
+            columns = 10 if source.num_classes == 10 and flags.labels is None else 8
             save_png(out / "grid.png", image_grid(images, columns, upscale=max(1, 32 // images.shape[1])))
-        logging.info("%d images of %d evaluations each: %s", len(seeds), chain.nfe, flags.out)
+        logging.info("%d images of %d evaluations each: %s", len(seeds), source.nfe, flags.out)
     processes.close()
+
+
+def compare_with_plain(sampler, seeds: list[int], folder: ImageFolder, repeats: int) -> None:
+    """Write compare.json and compare.png (left plain, right accelerated), and the plain images into plain/."""
+    from libs.pipelines.sampling import compare
+
+    result, picture = compare(sampler, seeds, folder, repeats)
+    write_json(folder.path / "compare.json", result)
+    save_png(folder.path / "compare.png", picture)
+    print(f"plain {result['plain_seconds']:.3f} s, {result['method']['name']} {result['accelerated_seconds']:.3f} s a "
+          f"call of {result['images_in_a_call']} images: {result['ratio']:.2f} x")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
 
 
 def main(argv: list[str] | None = None) -> int:

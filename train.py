@@ -14,6 +14,7 @@ from absl import flags as absl_flags
 from absl import logging
 
 from libs import cli
+from libs.errors import UserError
 from libs.processes import Processes
 from libs.training import (
     Run,
@@ -35,6 +36,8 @@ def define_flags(fv) -> None:
 
 def train(config, flags) -> int:
     began = time.monotonic()
+    if "pipeline" in config:
+        raise UserError(f"--config={flags.config}: a pipeline is not trained here; take a config with a backbone")
     processes = Processes(cli.choose_device(config.compute.device))
     validate(config, processes.count)
     precision = choose_precision(config)

@@ -76,6 +76,7 @@ def base_config() -> ConfigDict:
             "reference": "",  # an npz with mu and sigma, an image folder, or empty: the data set (or what ships)
             "fid_mode": "legacy_pytorch",  # U-ViT's convention; clean, legacy_tensorflow
             "features": "cifar10_resnet",  # of precision and recall; inception
+            "clip_model": "openai/clip-vit-large-patch14",  # of clip_score: a folder or a hub id
             "cost_images": 4,  # over which GMACs are counted; more for a policy that decides by the image
             "benchmark_rows": (1, 16),  # rows of the timed loops; 1, the latency, is always timed
             "benchmark_steps": 0,  # sampler steps of a timed loop, 0 for all; few on a slow machine

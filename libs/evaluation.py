@@ -22,6 +22,7 @@ from .errors import UserError, choose
 from .generate import Chain
 from .image_folder import ImageFolder
 from .metrics import EXTRACTORS, make_extractor
+from .metrics.clip_score import CLIPSCORE_WEIGHT, CLIPFeatures
 from .metrics.features import CLASSES
 from .metrics.frechet import FeatureSums, Statistics, frechet_distance
 from .metrics.precision_recall import precision_recall
@@ -43,6 +44,7 @@ class Request:
     data                the config's `data` section, None without a config
     classes             number of classes that `update` gets labels of, 0 for none
     inception_weights   file of the Inception network, None to fetch it
+    prompts             whether `update` gets the images' prompts
     with_reference      False in processes that only add up: the main one compares
     """
 
@@ -54,6 +56,7 @@ class Request:
     classes: int = 0
     inception_weights: str | None = None
     with_reference: bool = True
+    prompts: bool = False
 
 
 class Metric(Protocol):
@@ -61,8 +64,8 @@ class Metric(Protocol):
 
     extractor: Extractor
 
-    def update(self, features: Tensor, labels: Tensor | None) -> None:
-        """Add the features (b, d) of a batch, and its labels (b,)."""
+    def update(self, features: Tensor, labels: Tensor | None, prompts: list[str] | None) -> None:
+        """Add the features (b, d) of a batch, and the labels (b,) or the prompts that its images were made from."""
 
     def compute(self, processes: Processes) -> dict[str, dict[str, Any]]:
         """{name: {"value", "samples", ...}} of all processes' images, on the main process ({} on others)."""
@@ -98,7 +101,7 @@ class Frechet:
             size = request.image_shape[0]
             self.statistics = reference_statistics(source, self.extractor, BATCH, size, "eval.reference")
 
-    def update(self, features: Tensor, labels: Tensor | None) -> None:
+    def update(self, features: Tensor, labels: Tensor | None, prompts: list[str] | None) -> None:
         self.sums.update(features)
 
     def compute(self, processes: Processes) -> dict[str, dict[str, Any]]:
@@ -128,7 +131,7 @@ class PrecisionRecall:
                 raise UserError(f"eval.reference: precision_recall needs more than {NEIGHBOURS} images, "
                                 f"{self.source} has {len(self.real)}")
 
-    def update(self, features: Tensor, labels: Tensor | None) -> None:
+    def update(self, features: Tensor, labels: Tensor | None, prompts: list[str] | None) -> None:
         self.features.append(features.cpu())
 
     def compute(self, processes: Processes) -> dict[str, dict[str, Any]]:
@@ -153,7 +156,7 @@ class ClassAccuracy:
         self.extractor = extractors["cifar10_resnet"]
         self.counts = torch.zeros(2, device=request.device)  # right, all
 
-    def update(self, features: Tensor, labels: Tensor | None) -> None:
+    def update(self, features: Tensor, labels: Tensor | None, prompts: list[str] | None) -> None:
         guessed = self.extractor.class_probabilities(features).argmax(dim=1)
         self.counts[0] += (guessed == labels.to(guessed.device)).sum()
         self.counts[1] += len(labels)
@@ -163,11 +166,39 @@ class ClassAccuracy:
         return {"class_accuracy": {"value": right / count, "samples": int(count)}} if processes.is_main else {}
 
 
+class ClipScore:
+    """How well images fit their prompts: 100 times the cosine of CLIP's embeddings, the mean over the images.
+
+    Beside it stand the cosine itself and CLIPScore = 2.5 max(cosine, 0), the two other scales in use.
+    """
+
+    def __init__(self, extractors: Extractors, request: Request):
+        if not request.prompts:
+            raise UserError("eval.metrics: clip_score needs the prompts of the images; give --images and --prompts, or "
+                            "leave it out")
+        self.model = request.section["clip_model"]
+        self.extractor = CLIPFeatures(self.model, request.device)
+        self.sums = torch.zeros(3, dtype=torch.float64)  # of the cosines, of their positive parts, of 1
+
+    def update(self, features: Tensor, labels: Tensor | None, prompts: list[str] | None) -> None:
+        cosines = (features * self.extractor.texts(prompts)).sum(dim=1).double().cpu()
+        self.sums += torch.stack([cosines.sum(), cosines.clamp(min=0).sum(), torch.tensor(len(cosines))])
+
+    def compute(self, processes: Processes) -> dict[str, dict[str, Any]]:
+        total, positive, count = sum(processes.gather(self.sums)).tolist()
+        if not processes.is_main:
+            return {}
+        return {"clip_score": {"value": 100 * total / count, "samples": int(count), "scale": "100 cos",
+                               "cosine": total / count, "clipscore": CLIPSCORE_WEIGHT * positive / count,
+                               "model": self.model}}
+
+
 METRICS = {
     "frechet_cifar10": partial(Frechet, "cifar10_resnet"),  # of the shipped features: it is not FID
     "fid": partial(Frechet, "inception"),
     "precision_recall": PrecisionRecall,
     "class_accuracy": ClassAccuracy,
+    "clip_score": ClipScore,
 }
 
 
@@ -182,15 +213,15 @@ class Metrics:
         extractors = Extractors(request)
         self.metrics: list[Metric] = [factory(extractors, request) for factory in factories]
 
-    def update(self, images: Tensor, labels: list[int] | None = None) -> None:
-        """Add uint8 images (b, h, w, c)."""
+    def update(self, images: Tensor, labels: list[int] | None = None, prompts: list[str] | None = None) -> None:
+        """Add uint8 images (b, h, w, c), with the labels or the prompts that they were made from."""
         labels = None if labels is None else torch.tensor(labels)
         features = {each.extractor.name: None for each in self.metrics}
         for each in self.metrics:
             name = each.extractor.name
             if features[name] is None:
                 features[name] = each.extractor(images)
-            each.update(features[name], labels)
+            each.update(features[name], labels, prompts)
 
     def compute(self, processes: Processes) -> dict[str, dict[str, Any]]:
         """{name: {"value", "samples", ...}} over all processes' images, on the main process."""
@@ -223,11 +254,17 @@ def score_seeds(metrics: Metrics, chain: Chain, seeds: list[int], label_of: Mapp
     return len(missing), seconds
 
 
-def score_files(metrics: Metrics, path: str, names: list[str], bar: bool = True) -> None:
-    """Show the image files `path/name` to the metrics."""
+def score_files(metrics: Metrics, path: str, names: list[str], bar: bool = True, image_size: int | None = None,
+                prompts: list[str] | None = None) -> None:
+    """Show the image files `path/name` to the metrics.
+
+    image_size: they are cropped and resized to it, None takes them as they are. prompts: one a file.
+    """
+    done = 0
     with tqdm(total=len(names), desc="scoring", unit="image", disable=not bar) as progress:
-        for images in folder_batches(path, BATCH, field="--images", names=names) if names else ():
-            metrics.update(images)
+        for images in folder_batches(path, BATCH, 3, image_size, "--images", names) if names else ():
+            metrics.update(images, prompts=None if prompts is None else prompts[done:done + len(images)])
+            done += len(images)
             progress.update(len(images))
 
 
@@ -243,7 +280,7 @@ def reference(request: Request, features: str | None = None, images: bool = Fals
         if (features, "cifar10") in SHIPPED:
             return "cifar10", "cifar10, shipped"
         raise UserError("eval.reference: there is nothing to compare with; give --config, whose eval.reference or "
-                        "data set is used")
+                        "data set is used (a pipeline's config has no data set)")
     data = dict(request.data)
     if (features, data["name"]) in SHIPPED:
         return data["name"], f"{data['name']}, shipped"

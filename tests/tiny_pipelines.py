@@ -261,13 +261,14 @@ def clip_tokenizer(folder):
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
 
 
-def clip_text_model(tokenizer):
-    from transformers import CLIPTextConfig, CLIPTextModel
+def clip_text_model(tokenizer, kind: str = "CLIPTextModel"):
+    import transformers
 
     torch.manual_seed(0)
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=CROSS,
+        projection_dim=CROSS,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -276,7 +277,7 @@ def clip_text_model(tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config).eval()
+    return getattr(transformers, kind)(config).eval()
 
 
 def prompted(folder):
@@ -304,6 +305,14 @@ def prompted_controlnet(folder, nets: int = 1):
         "output_type": "np",
     }
     return _quiet(pipe), kwargs
+
+
+def prompted_sdxl(folder):
+    """SDXL with the second of its two text encoders, as the refiner has it."""
+    tokenizer = clip_tokenizer(folder / "vocabulary")
+    encoder = clip_text_model(tokenizer, "CLIPTextModelWithProjection")
+    pipe = StableDiffusionXLPipeline(**_sdxl_parts() | {"tokenizer_2": tokenizer, "text_encoder_2": encoder})
+    return _quiet(pipe), {"prompt": "a photo of a cat", "num_inference_steps": STEPS, "output_type": "np"}
 
 
 IN_MEMORY = {

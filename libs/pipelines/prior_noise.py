@@ -21,7 +21,7 @@ class PriorNoise:
     def __init__(self, pipe: Any, settings: EncoderPropagation, clock: TimestepsClock):
         self.pipe, self.settings, self.clock = pipe, settings, clock
         self.loop, self.z_T = 0, None
-        self.scheduler = None
+        self.scheduler = self.before = self.installed = None  # before: a wrapper that somebody put there already
         self.follow()
         clock.on_call = self.follow
 
@@ -30,13 +30,16 @@ class PriorNoise:
         if self.pipe.scheduler is not self.scheduler:
             self.unwrap()
             self.scheduler = self.pipe.scheduler
-            step = self.scheduler.step
-            self.scheduler.step = functools.wraps(step)(functools.partial(self.step, step))
+            self.before, step = vars(self.scheduler).get("step"), self.scheduler.step
+            self.installed = functools.wraps(step)(functools.partial(self.step, step))
+            self.scheduler.step = self.installed
 
     def unwrap(self) -> None:
-        if self.scheduler is not None:
-            self.scheduler.__dict__.pop("step", None)
-        self.scheduler = None
+        if self.scheduler is not None and vars(self.scheduler).get("step") is self.installed:
+            del self.scheduler.step
+            if self.before is not None:
+                self.scheduler.step = self.before
+        self.scheduler = None  # a wrapper around ours stays, and ours does nothing any more
 
     def remove(self) -> None:
         self.unwrap()
@@ -44,6 +47,8 @@ class PriorNoise:
         self.z_T = None
 
     def step(self, original, model_output, timestep, sample: Tensor, *args, **kwargs):
+        if self.scheduler is None:
+            return original(model_output, timestep, sample, *args, **kwargs)
         if self.clock.loop != self.loop:
             self.loop = self.clock.loop
             self.z_T = sample / self._scale() if self.clock.start == 0 else None
@@ -62,7 +67,9 @@ class PriorNoise:
         limit = self.settings.prior_from * self.scheduler.config.num_train_timesteps
         if place >= len(values) or values[place] >= limit:
             return False
-        return place + 1 == len(values) or values[place + 1] != values[place]  # else a second-order solver's midway
+        if not getattr(self.scheduler, "state_in_first_order", True):  # midway through a second-order step
+            return False
+        return place + 1 == len(values) or values[place + 1] != values[place]  # PNDM's first step is made twice
 
     def _scale(self) -> float:
         """Standard deviation that pure noise has in the scheduler's state now."""

@@ -63,6 +63,7 @@ class TimestepsClock:
     def __init__(self, timesteps: Callable[[], Tensor | None] | None = None):
         self._ask = timesteps
         self.on_call: Callable[[], None] | None = None  # called before each look at the list
+        self._vouched = False  # whether the list is that scheduler's
         self.loop = 0
         self._reset(None)
 
@@ -104,14 +105,14 @@ class TimestepsClock:
 
     def _list_of(self, timestep: Tensor | float) -> Tensor | None:
         known = self._ask() if self._ask is not None else None
-        if isinstance(known, Tensor) and known.dim() == 1:
+        known = known if isinstance(known, Tensor) and known.dim() == 1 else None
+        if not _is_view(timestep) or (known is not None and _address(known) == _address(timestep)):
+            self._vouched = known is not None
             return known
-        if not _is_view(timestep):
-            return None
-        storage = timestep.untyped_storage()
-        if self.timesteps is not None and _address(self.timesteps) == storage.data_ptr():
+        self._vouched = False  # another scheduler's list: two pipelines may share one network
+        if self.timesteps is not None and _address(self.timesteps) == _address(timestep):
             return self.timesteps
-        return torch.empty(0, dtype=timestep.dtype, device=timestep.device).set_(storage)
+        return torch.empty(0, dtype=timestep.dtype, device=timestep.device).set_(timestep.untyped_storage())
 
     def _follow_list(self, timestep: Tensor | float) -> None:
         place = self._place_of(timestep)
@@ -123,13 +124,13 @@ class TimestepsClock:
             self.start = self.place = place
         elif place > self.place:
             self.place, self._index, self._branches = place, place - self.start, {}
-        elif timestep is not self._last and self._ask is None:
+        elif timestep is not self._last and not self._vouched:
             self._unclear = True
 
     def _place_of(self, timestep: Tensor | float) -> int | None:
         """Place of t in the list; None if it is not there."""
         if isinstance(timestep, Tensor) and _is_view(timestep) and _address(timestep) == _address(self.timesteps):
-            return timestep.storage_offset() - self.timesteps.storage_offset()
+            return (timestep.storage_offset() - self.timesteps.storage_offset()) // self.timesteps.stride(0)
         if timestep is self._last:
             return self.place
         values, value, now = self.values(), _number(timestep), self.place

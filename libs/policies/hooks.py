@@ -59,8 +59,10 @@ class Replay(SiteHook):
         if self.mode.reuse:
             hidden = args[0] if args else next(iter(kwargs.values()))
             return _fresh_hidden(repeat_rows(self.memory, len(hidden)))
-        self.fresh = self.run(*args, **kwargs)
-        return self.fresh
+        out = self.run(*args, **kwargs)
+        # FreeU and adapters change the middle's output in place. What a down block hands on, the next one replays.
+        self.fresh = out.clone() if isinstance(out, Tensor) else out
+        return out
 
 
 class ReplayTokens(SiteHook):
@@ -110,13 +112,15 @@ class Deep(SiteHook):
                 temb = self._argument("temb", args, kwargs) if "temb" in self.adaptor.uses else None
                 r_out = self.adaptor(self.memory._replace(r_in=r_in, temb=temb))
                 self.fresh = r_out
+            if not self.upsamplers:
+                r_out = r_out.clone()  # FreeU changes in place what a block is given
             for upsampler in self.upsamplers:
                 # IF's upsamplers are ResNets, which take the time embedding; the others take a size.
                 second = "temb" if hasattr(upsampler, "time_emb_proj") else "upsample_size"
                 r_out = upsampler(r_out, self._argument(second, args, kwargs))
             return r_out
         out = self.run(*args, **kwargs)
-        r_out = self.capture.seen if self.capture is not None else out
+        r_out = self.capture.seen if self.capture is not None else out.clone()
         self.fresh = r_out, r_in
         return out
 

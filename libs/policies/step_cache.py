@@ -138,6 +138,8 @@ class StepCache(Full):
         self.branches.clear()
         for hook in self.site_hooks:
             hook.memory = hook.fresh = None
+        for control in self.controls:
+            control.memory.clear()
 
     def replay_control(self, module: nn.Module) -> None:
         """Let a ControlNet beside the network run on key steps only and repeat its residuals on the others."""
@@ -182,7 +184,7 @@ class StepCache(Full):
             return plan.stored
         try:
             self.mode.reuse = plan.reuse
-            out = forward(**plan.given)
+            out = forward(**_own_lists(plan.given))
             self._done(plan)
             if self.parallel and not plan.reuse and plan.branch is not None:
                 self._recall(plan)
@@ -208,8 +210,6 @@ class StepCache(Full):
     def _plan(self, args: tuple, kwargs: dict) -> "Plan":
         """What this call does; where it reuses, the memory is laid out for it."""
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        # diffusers pops adapters' residuals from the caller's list
-        given = {name: list(value) if isinstance(value, list) else value for name, value in given.items()}
         sample = given[self.names[0]]
         self.calls += 1
         self.rows += len(sample)
@@ -389,35 +389,36 @@ class ControlReplay(ModelHook):
     def __init__(self, cache: StepCache):
         super().__init__()
         self.cache, self.calls = cache, 0
-        self._memory: dict[int, tuple] = {}
+        self.memory: dict[int, tuple] = {}  # branch -> (what the output was made for, the output)
         self._loop = 0
 
     @through
     def new_forward(self, module: nn.Module, *args, **kwargs):
         given = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
-        where, stored = self._look_up(given["sample"], given["timestep"])
+        made_for = _signature(given["sample"]), kwargs.get("conditioning_scale")  # 0 outside its guidance interval
+        where, stored = self._look_up(made_for, given["timestep"])
         if stored is not None:
             return stored
         out = self.fn_ref.original_forward(*args, **kwargs)
-        self._keep(where, given["sample"], out)
+        self._keep(where, made_for, out)
         return out
 
     @outside
-    def _look_up(self, sample: Tensor, timestep: Tensor | float) -> tuple[Position, Any]:
+    def _look_up(self, made_for: tuple, timestep: Tensor | float) -> tuple[Position, Any]:
         where = self.cache.clock.at(timestep, caller=self)
         if where.loop != self._loop:
-            self._memory, self._loop = {}, where.loop
-        held, out = self._memory.get(where.branch, (None, None))
-        if held != _signature(sample) or self.cache.settings.is_full(where.index, where.total):
-            self._memory.pop(where.branch, None)
+            self.memory, self._loop = {}, where.loop
+        held, out = self.memory.get(where.branch, (None, None))
+        if not _equal(held, made_for) or self.cache.settings.is_full(where.index, where.total):
+            self.memory.pop(where.branch, None)
             return where, None
         return where, tensor_map(Tensor.clone, out)  # a MultiControlNet adds in place to what its nets return
 
     @outside
-    def _keep(self, where: Position, sample: Tensor, out: Any) -> None:
+    def _keep(self, where: Position, made_for: tuple, out: Any) -> None:
         self.calls += 1
         if where.branch is not None:
-            self._memory[where.branch] = _signature(sample), tensor_map(Tensor.clone, out)
+            self.memory[where.branch] = made_for, tensor_map(Tensor.clone, out)
 
 
 def refuse_unbatchable(given: dict) -> None:
@@ -437,6 +438,11 @@ def _condition(given: dict) -> tuple[Any, ...]:
 
 def _signature(sample: Tensor) -> tuple:
     return sample.shape, sample.dtype, sample.device
+
+
+def _own_lists(given: dict) -> dict:
+    """diffusers pops adapters' residuals from the list that it is given; ours are needed again."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def _repeat_argument(value: Any, k: int) -> Any:

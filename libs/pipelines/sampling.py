@@ -1,0 +1,265 @@
+"""Images from seeds and prompts by a diffusers pipeline, with a caching policy or plain.
+
+Image i depends on seed i and its prompt alone: every image has a generator of its own, on the host, so that a CPU
+and a GPU start from the same noise. Kernels give a row the same bits only at an equal number of rows, so a call
+always makes `rows` images, the last group padded.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import PartialState
+from diffusers.utils import logging as diffusers_logging
+from ml_collections import ConfigDict
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from ..benchmark import synchronize
+from ..data.folder import list_images
+from ..data.images import image_grid
+from ..errors import UserError, choose
+from ..files import reason
+from ..hub import find_model, model_id, quiet
+from ..image_folder import ImageFolder
+from ..policies import make_spec
+from ..provenance import file_sha256, machine
+from .apply import Handle, apply_policy
+from .prompts import prompts_id, prompts_of
+
+FAMILIES = {
+    "sd15": diffusers.StableDiffusionPipeline,
+    "sdxl": diffusers.StableDiffusionXLPipeline,
+    "controlnet": diffusers.StableDiffusionControlNetPipeline,
+}
+SCHEDULERS = {  # name -> (class, its options); None leaves the pipeline's own
+    "own": None,
+    "ddim": (diffusers.DDIMScheduler, {}),
+    "ddpm": (diffusers.DDPMScheduler, {}),
+    "dpm_solver": (diffusers.DPMSolverMultistepScheduler,
+                   {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpm_solver_pp": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
+    "lcm": (diffusers.LCMScheduler, {}),
+    "pndm": (diffusers.PNDMScheduler, {}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+}
+PAIRS = 8  # seeds in the picture of a comparison at most
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class PipelineSampler:
+    """A diffusers pipeline as a source of images, made from the sections `pipeline`, `policy` and `compute`.
+
+    control: an image, or a folder of images, for a ControlNet: seed i is steered by image i modulo their number.
+    Raises UserError, naming the field, for a model that is not there and for settings that do not exist.
+
+    rows         images in one call of the pipeline (twice as many in its UNet under guidance)
+    nfe          steps of the scheduler's loop, each one call of the UNet
+    fingerprint  what decides the image of a seed, to its last bit on one machine
+    """
+
+    num_classes = 0  # prompts take the place of labels
+
+    def __init__(self, config: ConfigDict, prompts: Sequence[str], device: torch.device,
+                 control: str | None = None):
+        section, compute = config.pipeline, config.compute
+        _check(section, compute)
+        self.section, self.policy, self.compute = section, config.policy, compute
+        self.prompts, self.device, self.rows = prompts, device, compute.rows
+        self.control = _control_files(control, "controlnet" in section)
+        self.cfg_scale = section.guidance
+        self.spec = make_spec(config.policy)
+        dtype = choose("compute.precision", compute.precision, DTYPES)
+        self.pipe, models = load_pipeline(section)
+        with quiet(diffusers_logging, transformers_logging):
+            self.pipe.to(device, dtype)
+        if compute.compile:
+            self.pipe.unet.compile()
+        self.pipe.scheduler.set_timesteps(section.steps)
+        self.nfe = len(self.pipe.scheduler.timesteps)
+        self.handle = self._apply()
+        held = {"pipeline": {name: value for name, value in section.items() if name not in ("path", "controlnet")},
+                "models": {name: model_id(folder) for name, folder in models.items()},
+                "policy": config.policy.to_dict(), "prompts_sha256": prompts_id(prompts),
+                "control_sha256": file_sha256(control) if control else None,
+                "compute": {name: compute[name] for name in ("precision", "compile", "rows")}}
+        self.fingerprint: dict[str, Any] = json.loads(json.dumps(held))
+
+    def _apply(self) -> Handle | None:
+        """The handle of the policy, now at work in the pipeline; None for a plain one."""
+        return None if self.spec is None else apply_policy(self.pipe, self.spec)
+
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[None]:
+        """Without the policy."""
+        if self.handle is not None:
+            self.handle.disable()
+        try:
+            yield
+        finally:
+            self.handle = self._apply()
+
+    def stats(self) -> dict[str, int]:
+        """What the policy ran since it was applied; {} for a plain pipeline."""
+        return {} if self.handle is None else self.handle.stats()
+
+    def sample(self, seeds: Sequence[int]) -> Tensor:
+        """The images of up to `rows` seeds: uint8 (b, h, w, 3) on the host."""
+        count = len(seeds)
+        assert 0 < count <= self.rows, f"{count} seeds in a group of {self.rows} rows"
+        padded = [*seeds, *[seeds[-1]] * (self.rows - count)]
+        section = self.section
+        options = {"prompt": prompts_of(padded, self.prompts), "num_inference_steps": section.steps,
+                   "guidance_scale": section.guidance, "height": section.height or None,
+                   "width": section.width or None}
+        if section.negative_prompt:  # SDXL's own default for none is not the empty prompt
+            options["negative_prompt"] = [section.negative_prompt] * self.rows
+        if self.control:
+            files = [self.control[seed % len(self.control)] for seed in padded]
+            options |= {"image": [_read_image(file) for file in files],
+                        "controlnet_conditioning_scale": section.control_scale}
+        generators = [torch.Generator().manual_seed(seed) for seed in padded]
+        images = self.pipe(**options, generator=generators, output_type="pt").images[:count]  # b 3 h w in 0 ... 1
+        levels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+        return levels.permute(0, 2, 3, 1).contiguous().cpu()  # b h w c
+
+    def images(self, seeds: Sequence[int], labels: None = None,
+               batch_size: int | None = None) -> Iterator[tuple[list[int], Tensor]]:
+        """Batches (seeds, uint8 images b h w c) of `batch_size` (default: `rows`) in the seeds' order."""
+        batch_size = batch_size or self.rows
+        for start in range(0, len(seeds), batch_size):
+            batch = list(seeds[start:start + batch_size])
+            yield batch, torch.cat([self.sample(batch[i:i + self.rows]) for i in range(0, len(batch), self.rows)])
+
+
+def load_pipeline(section: Mapping):
+    """(pipeline, {role: folder of its model}) of a config's `pipeline` section, on the host and silent."""
+    family = choose("pipeline.name", section["name"], FAMILIES)
+    scheduler = choose("pipeline.scheduler", section["scheduler"], SCHEDULERS)
+    held: dict[str, Any] = {"use_safetensors": True, "variant": section["variant"] or None}
+    parts = {} if section["name"] == "sdxl" else {"safety_checker": None, "requires_safety_checker": False}
+    with quiet(diffusers_logging, transformers_logging):
+        folders = {"pipeline": find_model(section["path"], "pipeline.path",
+                                          lambda name: family.download(name, **held, **parts))}
+        if "controlnet" in section:
+            folders["controlnet"] = find_model(section["controlnet"], "pipeline.controlnet")
+            parts["controlnet"] = _load(diffusers.ControlNetModel, folders["controlnet"], section["controlnet"],
+                                        "pipeline.controlnet", use_safetensors=True)
+        pipe = _load(family, folders["pipeline"], section["path"], "pipeline.path", **held, **parts)
+        if scheduler is not None:
+            kind, options = scheduler
+            pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, folders
+
+
+def compare(sampler: PipelineSampler, seeds: Sequence[int], folder: ImageFolder,
+            repeats: int) -> tuple[dict[str, Any], Tensor]:
+    """(result, picture) of the plain pipeline beside the accelerated one, whose images are in `folder`.
+
+    Times are of one call for the first `rows` seeds (text, denoising, decoding): one untimed call of each, then
+    `repeats` of each in turn, their median, the device synchronised before and after. The plain pipeline's images
+    of all seeds go into the folder plain/. The picture has two columns, plain and accelerated: uint8 (H, W, 3).
+    """
+    plain_folder = ImageFolder(folder.path / "plain", sampler.fingerprint | {"policy": {"name": "full"}})
+    missing = plain_folder.missing(seeds)
+    with sampler.plain(), tqdm(total=len(missing), desc="plain", unit="image") as progress:
+        for batch, images in sampler.images(missing):
+            plain_folder.save(batch, images)
+            progress.update(len(batch))
+
+    first = seeds[:sampler.rows]
+    seconds: dict[str, list[float]] = {"plain": [], "accelerated": []}
+    for _ in tqdm(range(repeats + 1), desc="timing"):
+        with sampler.plain():
+            seconds["plain"].append(_timed(sampler, first))
+        seconds["accelerated"].append(_timed(sampler, first))
+    plain, accelerated = (median(each[1:]) for each in seconds.values())
+    one, other = plain_folder.load(seeds), folder.load(seeds)
+    result = {"plain_seconds": plain, "accelerated_seconds": accelerated, "ratio": plain / accelerated,
+              "images_in_a_call": len(first), "repeats": repeats,
+              "seconds": {name: each[1:] for name, each in seconds.items()},
+              "psnr_db": psnr(one, other), "images": len(seeds), "machine": machine(sampler.device),
+              "method": sampler.policy.to_dict(), "compute": sampler.compute.to_dict(),
+              "pipeline": sampler.section.to_dict(), "nfe": sampler.nfe, "stats_of_a_call": sampler.stats()}
+    pairs = torch.stack([one[:PAIRS], other[:PAIRS]], dim=1).flatten(0, 1)
+    return result, image_grid(pairs, columns=2)
+
+
+def check_compare(policy: Mapping, out: str, repeats: int) -> None:
+    """Refuse a comparison that makes no sense, before hours of sampling."""
+    if policy["name"] == "full":
+        raise UserError("--compare: without a policy this is the plain pipeline; name one after the colon of --config")
+    if out.endswith(".npz"):
+        raise UserError(f"--compare writes into a folder, not into --out={out}")
+    if repeats < 1:
+        raise UserError(f"--repeats={repeats} must be at least 1")
+    if PartialState().num_processes > 1:
+        raise UserError("--compare times one process; leave accelerate launch out")
+
+
+def _timed(sampler: PipelineSampler, seeds: Sequence[int]) -> float:
+    """Seconds of one call."""
+    synchronize(sampler.device)
+    began = time.perf_counter()
+    sampler.sample(seeds)
+    synchronize(sampler.device)
+    return time.perf_counter() - began
+
+
+def psnr(one: Tensor, other: Tensor) -> float | None:
+    """Peak signal-to-noise ratio in dB of uint8 images (b, h, w, c), over all of them; None where they are equal."""
+    error = (one.double() - other.double()).square().mean().item()
+    return 10 * math.log10(255**2 / error) if error else None
+
+
+def _check(section: Mapping, compute: Mapping) -> None:
+    if section["steps"] < 1:
+        raise UserError(f"pipeline.steps={section['steps']} must be at least 1")
+    if compute["rows"] < 1:
+        raise UserError(f"compute.rows={compute['rows']} must be at least 1")
+    for side in ("height", "width"):
+        if section[side] < 0 or section[side] % 8:
+            raise UserError(f"pipeline.{side}={section[side]} must be a multiple of 8, or 0 for the model's own")
+    if bool(section["height"]) != bool(section["width"]):  # diffusers would take its own for both
+        raise UserError(f"pipeline.height={section['height']}, pipeline.width={section['width']}: give both or none")
+
+
+def _load(kind, folder: Path, name: str, field: str, **options):
+    try:
+        return kind.from_pretrained(folder, **options)
+    # What diffusers raises for files that are missing, damaged, or of another kind of model.
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{field}={name!r} holds no {kind.__name__} ({reason(error)})") from error
+
+
+def _control_files(path: str | None, wanted: bool) -> list[Path]:
+    """The image file `path`, or those of a folder in the order of their names."""
+    if (path is not None) != wanted:
+        raise UserError(f"--control_image={path}: a ControlNet needs an image or a folder of them, other pipelines "
+                        "take none")
+    if path is None:
+        return []
+    if Path(path).is_file():
+        return [Path(path)]
+    return [Path(path, name) for name in list_images(path, "--control_image")]
+
+
+def _read_image(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"--control_image: {path} cannot be read as an image ({reason(error)})") from error
