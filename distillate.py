@@ -1,11 +1,18 @@
-"""Distil a model into one that samples in half the steps; the same command again goes on where it stopped.
+"""Distil a model into one that is cheaper to sample; the same command again goes on where it stopped.
 
     python distillate.py --config=configs/digits_uvit.py:progressive --config.distill.steps=16 --workdir=runs/digits_16
     python distillate.py --config=configs/digits_uvit.py:progressive --config.distill.steps=8 \\
         --checkpoint=runs/digits_16 --workdir=runs/digits_8
+    python distillate.py --config=configs/cifar10_unet.py:dpm_solver_pp,clockwork_adaptor --config.sampler.steps=8 \\
+        --workdir=runs/adaptor
+    python distillate.py --config=configs/sd15.py:clockwork_adaptor --config.pipeline.scheduler=dpm_solver_pp \\
+        --config.pipeline.steps=8 --prompts=captions.txt --workdir=runs/sd15_adaptor
 
-The teacher is --checkpoint, or else the config's own; one DDIM step of the student learns two of its. WORKDIR is a
-training folder as train.py's, and sample.py --checkpoint=WORKDIR takes the number of steps from it.
+progressive: the teacher is --checkpoint, or else the config's own; one DDIM step of the student learns two of its.
+WORKDIR is a training folder as train.py's, and sample.py --checkpoint=WORKDIR takes the number of steps from it.
+
+clockwork_adaptor: the model stays as it is, and an adaptor learns from its trajectories, without images. WORKDIR gets
+adaptor.safetensors, which --config.policy.adaptor names with :clockwork, the sampler, and its steps.
 """
 
 import copy
@@ -20,7 +27,7 @@ from libs.build import MODEL_SECTIONS, adopt_sampler, load_model, make_denoiser,
 from libs.checkpoint import resolve
 from libs.distillation import Halving, student_sampler
 from libs.distillation.progressive import refuse_other_steps
-from libs.errors import UserError
+from libs.errors import UserError, choose
 from libs.processes import Processes
 from libs.training import Run, Trainer, choose_precision, load_training_data, validate
 
@@ -29,14 +36,13 @@ def define_flags(fv) -> None:
     absl_flags.DEFINE_string("workdir", None, "folder of the run", flag_values=fv)
     absl_flags.DEFINE_string("checkpoint", None, "the teacher: released name, file or training folder",
                              flag_values=fv)
+    absl_flags.DEFINE_string("prompts", None, "of a pipeline: a file, .txt, one a line, or COCO's .json",
+                             flag_values=fv)
     absl_flags.mark_flag_as_required("workdir", fv)
 
 
-def distillate(config, flags) -> int:
-    began = time.monotonic()
-    if "distill" not in config:
-        name = flags.config.partition(":")[0]
-        raise UserError(f"--config={flags.config} names no distillation; write --config={name}:progressive")
+def halve(config, flags, began: float) -> int:
+    """Progressive distillation."""
     processes = Processes(cli.choose_device(config.compute.device))
     device = processes.device
     validate(config, processes.count)
@@ -64,6 +70,32 @@ def distillate(config, flags) -> int:
     status = trainer.train(load_training_data(config.data, description, device), began)
     processes.close()
     return status
+
+
+def train_adaptor(config, flags, began: float) -> int:
+    """Clockwork's distillation."""
+    from libs.distillation.clockwork_adaptor import distil  # diffusers takes seconds to import
+
+    return distil(config, flags.workdir, flags.checkpoint, flags.prompts, flags.overrides, began)
+
+
+DISTILLATIONS = {"progressive": halve, "clockwork_adaptor": train_adaptor}
+
+
+def distillate(config, flags) -> int:
+    began = time.monotonic()
+    of_pipeline = "pipeline" in config
+    if "distill" not in config:
+        name, method = flags.config.partition(":")[0], "clockwork_adaptor" if of_pipeline else "progressive"
+        raise UserError(f"--config={flags.config} names no distillation; write --config={name}:{method}")
+    if of_pipeline and flags.checkpoint:
+        raise UserError(f"--checkpoint={flags.checkpoint} belongs to a config without a pipeline; use "
+                        "--config.pipeline.path")
+    if of_pipeline and flags.prompts is None:
+        raise UserError("--prompts is missing: a .txt file with one a line, or a .json file of COCO's captions")
+    if flags.prompts is not None and not of_pipeline:
+        raise UserError(f"--prompts={flags.prompts} belongs to a pipeline, such as configs/sd15.py")
+    return choose("distill.name", config.distill.name, DISTILLATIONS)(config, flags, began)
 
 
 def main(argv: list[str] | None = None) -> int:

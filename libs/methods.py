@@ -34,6 +34,7 @@ def dpm_solver_pp(config: ConfigDict) -> None:
 def progressive(config: ConfigDict) -> None:
     """One halving of progressive distillation with the paper's optimization on CIFAR-10 (2202.00512, appendix)."""
     config.distill = ConfigDict({
+        "name": "progressive",
         "steps": config.sampler.steps // 2,  # of the student; its teacher makes twice as many
         "weighting": "snr_trunc",  # of the squared error of x_0: const, snr, snr_trunc, snr+1
     })
@@ -53,6 +54,32 @@ def clockwork(config: ConfigDict) -> None:
     })
 
 
+def clockwork_adaptor(config: ConfigDict) -> None:
+    """Training of Clockwork's learned adaptor with the paper's optimization (2312.08128, section 4.1).
+
+    For pipelines, as many prompts as the paper's 50,000 captions. For the chain, as much as fits ten minutes of a CPU:
+    fewer channels, and a higher learning rate that falls to 0.
+    """
+    large = "pipeline" in config
+    config.distill = ConfigDict({
+        "name": "clockwork_adaptor",
+        "adaptor": "resnet",  # resnet, unet, unet_light, and ridge, which is fitted in closed form
+        "width": 0 if large else 128,  # channels inside; 0 is the adaptor's own
+        "clock": 2,  # every clock-th step runs the whole network
+        "depth": 0,  # encoder blocks that always run; 0 is the network family's own
+        "protect_first": 0,  # steps at the start, and at the end, that run in full
+        "protect_last": 0,
+        "trajectories": 32 if large else 64,  # new ones a round: seeds, each with a label or prompt
+        "updates": 64 if large else 400,  # in a round
+        "rounds_kept": 4,  # newest rounds that an update draws from; ridge is fitted on as many
+    })
+    config.train.update(steps=100_000 if large else 4000, batch_size=16, lr=1e-4, betas=(0.9, 0.999), warmup=0,
+                        weight_decay=0.0, decay_from=1.0, clip_norm=0.0, ema=0.0, log_every=50, save_every=500,
+                        preview_every=0, eval_every=0)
+    if not large:
+        config.train.update(lr=1e-3, decay_from=0.5)
+
+
 def encoder_propagation(config: ConfigDict) -> None:
     """Faster Diffusion with the paper's key steps, one step after another and without prior noise (2312.09608)."""
     config.policy = ConfigDict({
@@ -67,6 +94,7 @@ def encoder_propagation(config: ConfigDict) -> None:
 
 METHODS: dict[str, Method] = {"full": full, "dpm_solver": dpm_solver, "dpm_solver_pp": dpm_solver_pp,
                               "progressive": progressive, "clockwork": clockwork,
+                              "clockwork_adaptor": clockwork_adaptor,
                               "encoder_propagation": encoder_propagation}
 
 

@@ -1,6 +1,7 @@
 import pytest
 from ml_collections import ConfigDict
 
+from libs.config import load
 from libs.errors import UserError
 from libs.methods import apply_methods
 
@@ -46,3 +47,18 @@ def test_unknown_method(config):
 def test_two_methods_for_one_section(config):
     with pytest.raises(UserError, match="clockwork and early_exit both set policy.name; name one of them"):
         apply_methods(config, "clockwork,early_exit", TABLE)
+
+
+def test_distillations_say_which_they_are():
+    config = load("configs/cifar10_unet.py:dpm_solver_pp,clockwork_adaptor")
+    assert (config.distill.name, config.sampler.name) == ("clockwork_adaptor", "dpm_solver_pp")
+    assert load("configs/digits_uvit.py:progressive").distill.name == "progressive"
+    with pytest.raises(UserError, match="progressive and clockwork_adaptor both set distill.name; name one of them"):
+        load("configs/cifar10_unet.py:progressive,clockwork_adaptor")
+
+
+def test_adaptors_of_pipelines_are_trained_as_in_the_paper():
+    small, large = (load(f"configs/{name}.py:clockwork_adaptor") for name in ("cifar10_unet", "sd15"))
+    assert (large.train.lr, large.train.batch_size, large.train.weight_decay) == (1e-4, 16, 0.0)
+    assert (small.distill.width, large.distill.width) == (128, 0)  # 0 is the adaptor's own
+    assert large.distill.trajectories * large.train.steps // large.distill.updates == 50_000  # the paper's captions

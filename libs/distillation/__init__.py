@@ -1,4 +1,8 @@
-"""What a student learns from a teacher: objectives for the shared training loop."""
+"""What a student or an adaptor learns from a teacher.
+
+Here are objectives for the shared training loop. Clockwork's adaptors have a loop of their own: their data come from
+the model itself, `clockwork_adaptor`. It is imported by its full name, since it loads diffusers.
+"""
 
 from .progressive import WEIGHTINGS, Halving, student_sampler, two_step_target
 
