@@ -17,6 +17,8 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 
 class Mode:
     """What the hooks of one network do in the present call."""
@@ -149,6 +151,9 @@ def attach(module: nn.Module, hook: ModelHook, name: str) -> Callable[[], None]:
     """
     had_registry, had_forward = hasattr(module, "_diffusers_hook"), "forward" in module.__dict__
     registry = HookRegistry.check_if_exists_or_initialize(module)
+    if name in registry.hooks:
+        raise UserError(f"this {type(module).__name__} is served by a caching policy already; disable() it before "
+                        "another one")
     registry.register_hook(hook, name)
     installed = module.forward
 

@@ -1,0 +1,299 @@
+"""Caching policies in one denoising loop after another: other settings, broken and own loops, parallel decoding."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from absl import logging
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
+from small_pipeline import close, image, one_thread, small, small_image_to_image, small_unet, swap_scheduler
+from tiny_pipelines import CROSS, TOKENS, controlnet
+
+from libs.errors import UserError
+from libs.pipelines import Clockwork, EncoderPropagation, apply_policy
+
+POLICIES = {
+    "clockwork": Clockwork(3),
+    "sequential": EncoderPropagation("every:3"),
+    "parallel": EncoderPropagation("every:3", parallel=True, prior_noise=0.003),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
+
+
+# From one image to the next, with the same pipeline
+
+CHANGES = {
+    "text": (small, [{}, {"num_inference_steps": 4}, {"guidance_scale": 1.0}, {"num_images_per_prompt": 2}]),
+    "image": (small_image_to_image, [{"strength": 0.9}, {"strength": 0.5}, {"strength": 1.0}]),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", CHANGES)
+def test_other_settings_are_as_good_as_a_fresh_pipeline(kind, policy):
+    make, changes = CHANGES[kind]
+    expected = []
+    for change in changes:
+        fresh, kwargs = make()
+        with apply_policy(fresh, POLICIES[policy]):
+            expected.append(image(fresh, kwargs, **change))
+    pipe, kwargs = make()
+    with apply_policy(pipe, POLICIES[policy]):
+        for i in (*range(len(changes)), *reversed(range(len(changes)))):
+            assert torch.equal(image(pipe, kwargs, **changes[i]), expected[i]), changes[i]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_swapped_schedulers_are_followed(policy):
+    pipe, kwargs = small()
+    with apply_policy(pipe, POLICIES[policy]):
+        for cls in (DDIMScheduler, EulerDiscreteScheduler, DDIMScheduler):
+            fresh, _ = small()
+            swap_scheduler(pipe, cls)
+            swap_scheduler(fresh, cls)
+            with apply_policy(fresh, POLICIES[policy]):
+                assert torch.equal(image(pipe, kwargs), image(fresh, kwargs))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("stop", [0, 2])
+def test_two_pipelines_around_one_unet_do_not_share_features(policy, stop):
+    """Each has a scheduler of its own; the policy was put on the first, whose image breaks off after step `stop`."""
+    def second(first, kwargs):
+        own = {**first.components, "scheduler": DDIMScheduler.from_config(first.scheduler.config)}
+        pipe = StableDiffusionImg2ImgPipeline(**own, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("height", "width")}
+        return image(pipe, kwargs, image=picture, strength=0.7)
+
+    def break_off(pipe, step, t, tensors):
+        if step == stop:
+            raise KeyboardInterrupt
+        return tensors
+
+    pipe, kwargs = small()
+    with apply_policy(pipe, POLICIES[policy]):
+        with pytest.raises(KeyboardInterrupt):
+            image(pipe, kwargs, callback_on_step_end=break_off)
+        after = second(pipe, kwargs)
+    fresh, _ = small()
+    with apply_policy(fresh, POLICIES[policy]):
+        assert torch.equal(after, second(fresh, kwargs))
+
+
+# Loops that users write themselves
+
+FORMS = {
+    "view": lambda t: t,
+    "expanded": lambda t: t.expand(2),
+    "copy": lambda t: t.clone(),
+    "batch": lambda t: torch.stack([t, t]),
+    "number": int,
+}
+EMBEDS = torch.randn(2, TOKENS, CROSS, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def own_loop(unet, scheduler, form: str = "view", seed: int = 0, stop: int | None = None, separate: bool = False):
+    """Guided sampling over `scheduler.timesteps`, as somebody would write it; broken off after step `stop`."""
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) * scheduler.init_noise_sigma
+    for i, t in enumerate(scheduler.timesteps):
+        both = scheduler.scale_model_input(torch.cat([x, x]), t)
+        given = FORMS[form](t)
+        if separate:
+            cond, uncond = (unet(both[:1], given, EMBEDS[j:j + 1]).sample for j in (0, 1))
+        else:
+            cond, uncond = unet(both, given, EMBEDS).sample.chunk(2)
+        x = scheduler.step(uncond + 7.5 * (cond - uncond), t, x).prev_sample
+        if i == stop:
+            break
+    return x
+
+
+def unet_and_scheduler(steps: int = 6):
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(steps)
+    return small_unet(), scheduler
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_guidance_in_separate_calls_keeps_its_branches_apart(policy):
+    made = {}
+    for separate in (False, True):
+        unet, scheduler = unet_and_scheduler()
+        with apply_policy(SimpleNamespace(unet=unet, scheduler=scheduler), POLICIES[policy]) as handle:
+            made[separate] = own_loop(unet, scheduler, separate=separate)
+            assert handle.stats()["reuse_calls"] == (8 if separate else 4)
+    assert close(made[True], made[False])
+
+    unet, scheduler = unet_and_scheduler()
+    if policy != "parallel":  # which needs the scheduler
+        cache = POLICIES[policy].attach(unet)
+        assert torch.equal(own_loop(unet, scheduler, separate=True), made[True])
+        assert cache.stats()["reuse_calls"] == 8
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_a_loop_that_was_broken_off_leaves_nothing_behind(form, stop):
+    """A bare policy on a UNet, the same list of timesteps again: all that it can go by is the calls."""
+    unet, scheduler = unet_and_scheduler()
+    plain = own_loop(unet, scheduler, form, seed=1)
+    cache = Clockwork(2).attach(unet)
+    first = own_loop(unet, scheduler, form, seed=1)
+    assert not torch.equal(first, plain)
+    own_loop(unet, scheduler, form, seed=0, stop=stop)
+    again = own_loop(unet, scheduler, form, seed=1)
+    assert torch.equal(again, plain if stop == 0 else first)  # at the same t again nobody can tell: all in full
+    assert torch.equal(own_loop(unet, scheduler, form, seed=1), first)
+    cache.disable()
+    assert torch.equal(own_loop(unet, scheduler, form, seed=1), plain)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_own_loop_with_a_scheduler(form, policy):
+    made = []
+    for stop in (None, 0, 1, 3):
+        unet, scheduler = unet_and_scheduler(4)
+        with apply_policy(SimpleNamespace(unet=unet, scheduler=scheduler), POLICIES[policy]) as handle:
+            if stop is not None:
+                own_loop(unet, scheduler, form, seed=1, stop=stop)
+            scheduler.set_timesteps(6)
+            made.append(own_loop(unet, scheduler, form))
+            assert handle.stats()["reuse_calls"] >= 4
+    assert all(torch.equal(each, made[0]) for each in made)
+
+
+def test_reset_begins_a_loop_anywhere():
+    unet, scheduler = unet_and_scheduler()
+    cache = Clockwork(2).attach(unet)
+    first = own_loop(unet, scheduler)
+    own_loop(unet, scheduler, seed=1, stop=0)
+    cache.reset()
+    assert torch.equal(own_loop(unet, scheduler), first)
+
+
+# Decoding in parallel
+
+SHOWN = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+PARALLEL = EncoderPropagation("every:6", parallel=True)  # one key step, five steps ahead
+
+
+def pair(**kwargs) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """One image decoded in parallel, the same one sequentially, and what ran in parallel."""
+    pipe, defaults = small()
+    with apply_policy(pipe, PARALLEL) as handle:
+        parallel, stats = image(pipe, defaults, **kwargs), handle.stats()
+    with apply_policy(pipe, EncoderPropagation("every:6")):
+        return parallel, image(pipe, defaults, **kwargs), stats
+
+
+@pytest.mark.parametrize(("window", "batches"), [(1, 5), (2, 3), (5, 1), (64, 1)])
+def test_windows_bound_the_rows_of_a_decoder_batch(window, batches):
+    pipe, kwargs = small()
+    rows = []
+    with apply_policy(pipe, EncoderPropagation("every:6")):
+        sequential = image(pipe, kwargs)
+    with (
+        pipe.unet.conv_out.register_forward_pre_hook(lambda module, args: rows.append(len(args[0]))),
+        apply_policy(pipe, EncoderPropagation("every:6", parallel=True, max_parallel=window)) as handle,
+    ):
+        assert close(image(pipe, kwargs), sequential)
+    assert handle.stats()["decoder_batches"] == batches == len(rows) - 1
+    assert max(rows[1:]) == 2 * min(window, 5)
+
+
+def test_parallel_with_several_images_and_without_guidance():
+    for kwargs in ({"num_images_per_prompt": 2}, {"guidance_scale": 1.0},
+                   {"guidance_scale": 1.0, "num_images_per_prompt": 3}):
+        parallel, sequential, stats = pair(**kwargs)
+        assert close(parallel, sequential)
+        assert (stats["full_calls"], stats["decoder_batches"]) == (1, 1)
+
+
+def test_a_window_that_does_not_fit_in_memory_shrinks():
+    pipe, kwargs = small()
+    with apply_policy(pipe, EncoderPropagation("every:6")):
+        sequential = image(pipe, kwargs)
+
+    def limited(module, args):
+        if len(args[0]) > 5:  # two rows a step
+            raise torch.OutOfMemoryError("too many rows")
+
+    with pipe.unet.conv_out.register_forward_pre_hook(limited), apply_policy(pipe, PARALLEL) as handle:
+        with mock.patch.object(logging, "warning") as warning:
+            assert close(image(pipe, kwargs), sequential)
+        warning.assert_called_once()
+        assert "max_parallel=2" in warning.call_args.args[0] % warning.call_args.args[1:]
+        assert handle.stats()["decoder_batches"] == 3
+        assert close(image(pipe, kwargs), sequential)
+
+
+def test_another_error_in_a_decoder_batch_is_raised():
+    pipe, kwargs = small()
+
+    def broken(module, args):
+        if len(args[0]) > 2:
+            raise RuntimeError("something else")
+
+    with apply_policy(pipe, PARALLEL) as handle:
+        expected = image(pipe, kwargs)
+        with pipe.unet.conv_out.register_forward_pre_hook(broken), pytest.raises(RuntimeError, match="something else"):
+            image(pipe, kwargs, seed=1)
+        assert torch.equal(image(pipe, kwargs), expected)
+        assert handle.cache.window == PARALLEL.max_parallel
+
+
+def test_prompts_that_a_callback_changes_drop_the_outputs_made_ahead():
+    def change(pipe, step, t, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"] + 1} if step == 2 else {}
+
+    parallel, sequential, stats = pair(callback_on_step_end=change, **SHOWN)
+    assert close(parallel, sequential)
+    assert not close(sequential, pair()[1])
+    assert stats["reuse_calls"] == 5 + 3  # three were made for the old prompt
+
+
+def test_guidance_that_a_callback_cuts_off_starts_afresh():
+    def cut(pipe, step, t, tensors):
+        if step != 2:
+            return {}
+        pipe._guidance_scale = 1.0
+        return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+
+    parallel, sequential, stats = pair(callback_on_step_end=cut, **SHOWN)
+    assert close(parallel, sequential)
+    assert stats["full_calls"] == 2  # features of two rows are of no use to one
+
+
+def test_tensors_that_cannot_be_batched_are_refused():
+    pipe, kwargs = small(cross_attention_kwargs={"scale": torch.tensor(1.0)})
+    with apply_policy(pipe, PARALLEL), pytest.raises(UserError, match=r"parallel=True: cross_attention_kwargs.*scale"):
+        image(pipe, kwargs)
+    with apply_policy(pipe, EncoderPropagation("every:6")):
+        image(pipe, kwargs)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_controlnet_outside_its_guidance_interval_is_not_replayed(parallel):
+    pipe, kwargs = controlnet()
+    steering = []
+
+    def see(module, args, kwargs):
+        steering.append(bool(kwargs["mid_block_additional_residual"].any()))
+
+    with (
+        apply_policy(pipe, EncoderPropagation("every:4", parallel=parallel)) as handle,
+        pipe.unet.register_forward_pre_hook(see, with_kwargs=True),
+    ):
+        image(pipe, kwargs, num_inference_steps=4, control_guidance_end=0.5)
+        assert steering == [True, True, False, False]
+        assert handle.stats()["control_calls"] == 2
