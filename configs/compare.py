@@ -6,7 +6,7 @@ Cheap cells come first. Plain sampling at the same sampler and steps, and with t
 A method is a policy with its settings (fields of config.policy); `needs` is a file without which it is left out.
 """
 
-RESNET = "assets/checkpoints/clockwork_resnet_cifar10_unet.safetensors"
+RESNET = "assets/adaptors/clockwork_resnet_cifar10_unet.safetensors"
 NOISE = {"prior_noise": 0.003}
 
 METHODS = [

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .adaptors.files import TRAINING_FREE, resolve_adaptor
 from .data.folder import list_images
 from .data.images import save_png
 from .errors import UserError
@@ -33,8 +34,8 @@ def fingerprint(config: Mapping, checkpoint: Path, labels_rule: str | None = Non
     compute = {name: config["compute"][name] for name in ("precision", "attention", "compile", "rows")}
     held |= {"checkpoint_sha256": file_sha256(checkpoint), "labels": labels_rule, "compute": compute}
     adaptor = held["policy"].get("adaptor")
-    if isinstance(adaptor, str) and Path(adaptor).is_file():  # trained again, the same name makes other images
-        held["adaptor_sha256"] = file_sha256(adaptor)
+    if adaptor not in (None, *TRAINING_FREE):  # trained again, the same name makes other images
+        held["adaptor_sha256"] = file_sha256(resolve_adaptor(adaptor))
     return json.loads(json.dumps(held))  # tuples become lists, as they will when it is read again
 
 

@@ -7,14 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import load_weights, read, save_backbone
+from ..checkpoint import ROOT, load_weights, read, save_backbone
 from ..errors import UserError
 from . import make_adaptor
 
 FIELD = "policy.adaptor"
+TRAINING_FREE = ("identity", "extrapolation")  # adaptors that need no file
 NEEDED = ("depth", "cut", "c_in", "c_out", "temb_dim")
+RELEASED = ROOT / "assets" / "adaptors"
 WEIGHTS, STEM = "adaptor.", "made_for.stem"
 TOLERANCE = 2e-2  # relative change of the UNet's first convolution; rounding to fp16 or bf16 stays below
+
+
+def resolve_adaptor(name: str | Path) -> Path:
+    """The file of an adaptor: a path, or a name in assets/adaptors. Raises UserError if there is neither."""
+    path, released = Path(name), RELEASED / f"{name}.safetensors"
+    if path.is_file() or not released.is_file():
+        if path.suffix != ".safetensors" or not path.is_file():
+            names = ", ".join(sorted(each.stem for each in RELEASED.glob("*.safetensors")))
+            raise UserError(f"{FIELD}={str(name)!r}: {'no adaptor file' if path.is_file() else 'no such file'}; choose "
+                            f"from identity, extrapolation, {names}, or give the path of an adaptor's .safetensors")
+        return path
+    return released
 
 
 def save_adaptor(path: str | Path, adaptor: nn.Module, name: str, options: Mapping[str, Any],
@@ -36,15 +50,13 @@ def save_adaptor(path: str | Path, adaptor: nn.Module, name: str, options: Mappi
 
 
 def load_adaptor(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """(adaptor in eval mode, made_for); made_for["stem"] is the UNet's first convolution in fp16, or None.
+    """(adaptor in eval mode, made_for) of a file or a released name.
 
+    made_for["stem"] is the first convolution of the UNet it was fitted on, in fp16, or None.
     Raises UserError for a file that is missing, truncated, or holds no adaptor.
     """
-    path = Path(path)
     source = f"{FIELD}={str(path)!r}"
-    if not path.is_file() or path.suffix != ".safetensors":
-        raise UserError(f"{source}: {'no adaptor file' if path.is_file() else 'no such file'}; give identity, "
-                        "extrapolation, or the path of an adaptor's .safetensors")
+    path = resolve_adaptor(path)
     tensors, description = read(path, FIELD)
     section, made_for = description.get("adaptor"), description.get("made_for")
     if not (isinstance(section, dict) and isinstance(made_for, dict) and "name" in section

@@ -10,7 +10,8 @@ reuses. So a compiled graph never sees state that changes, and the buffers of a 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -146,31 +147,49 @@ class Capture(ModelHook):
 def attach(module: nn.Module, hook: ModelHook, name: str) -> Callable[[], None]:
     """Register `hook` on `module`; the function returned takes it off again and leaves no trace.
 
-    Others may have wrapped `module.forward` since (accelerate's offloading does): then their wrapper stays and calls
-    the module's own forward through us.
+    Others may have wrapped `module.forward` since: then their wrapper stays and calls the module's own forward
+    through us.
     """
-    had_registry, had_forward = hasattr(module, "_diffusers_hook"), "forward" in module.__dict__
+    had_registry, had_forward = hasattr(module, "_diffusers_hook"), "forward" in vars(module)
     registry = HookRegistry.check_if_exists_or_initialize(module)
     if name in registry.hooks:
         raise UserError(f"this {type(module).__name__} is served by a caching policy already; disable() it before "
                         "another one")
-    registry.register_hook(hook, name)
-    installed = module.forward
+    with _beneath_accelerate(module, "_old_forward" in vars(module) and not registry.hooks):
+        registry.register_hook(hook, name)
+        installed = module.forward
 
     def detach() -> None:
         reference = hook.fn_ref
-        wrapped = module.forward is not installed and registry._hook_order[-1] == name
-        outer = module.forward
-        reference.forward = reference.original_forward  # for wrappers that hold on to it
-        registry.remove_hook(name, recurse=False)
-        if wrapped:
-            module.forward = outer
-        elif not had_forward and not registry.hooks:
+        offloaded = vars(module).get("_old_forward") is installed
+        with _beneath_accelerate(module, offloaded):
+            wrapped = module.forward is not installed and registry._hook_order[-1] == name
+            outer = module.forward
+            reference.forward = reference.original_forward  # for wrappers that hold on to it
+            registry.remove_hook(name, recurse=False)
+            if wrapped:
+                module.forward = outer
+        if not (wrapped or offloaded or had_forward or registry.hooks):
             del module.forward
         if not had_registry and not registry.hooks:
             del module._diffusers_hook
 
     return detach
+
+
+@contextmanager
+def _beneath_accelerate(module: nn.Module, offloaded: bool) -> Iterator[None]:
+    """`module.forward` is what accelerate's hook wraps: offloading takes that hook off and on after every image, and
+    a hook around it would be lost.
+    """
+    if not offloaded:
+        yield
+        return
+    outer, module.forward = module.forward, module._old_forward
+    try:
+        yield
+    finally:
+        module._old_forward, module.forward = module.forward, outer
 
 
 def tensor_map(function: Callable[[Tensor], Any], value: Any) -> Any:
