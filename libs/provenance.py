@@ -16,7 +16,8 @@ import torch
 from .config import fields
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "diffusers", "transformers", "accelerate", "clean-fid", "xformers")
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "diffusers", "transformers", "accelerate", "clean-fid",
+            "xformers")
 
 
 def file_sha256(path: str | Path) -> str:

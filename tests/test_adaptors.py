@@ -228,8 +228,8 @@ def test_bad_files(tmp_path):
     save_adaptor(tmp_path / "width.safetensors", moved("resnet"), "resnet", {"width": 32}, MADE_FOR)
     save_adaptor(tmp_path / "name.safetensors", moved("resnet"), "resnt", {"width": 16}, MADE_FOR)
     save_adaptor(tmp_path / "option.safetensors", moved("resnet"), "resnet", {"widht": 16}, MADE_FOR)
-    for file, words in {"gone.safetensors": "no such file; give identity, extrapolation, or",
-                        "note.txt": "no adaptor file; give identity",
+    for file, words in {"gone.safetensors": "no such file; choose from identity, extrapolation, clockwork_resnet",
+                        "note.txt": "no adaptor file; choose from identity",
                         "cut.safetensors": "cannot be read", "head.safetensors": "cannot be read",
                         "plain.safetensors": "holds no adaptor", "net.safetensors": "holds no adaptor",
                         "width.safetensors": "another architecture", "name.safetensors": "choose from resnet",
