@@ -45,7 +45,7 @@ def test_other_settings_are_as_good_as_a_fresh_pipeline(kind, policy):
             expected.append(image(fresh, kwargs, **change))
     pipe, kwargs = make()
     with apply_policy(pipe, POLICIES[policy]):
-        for i in (*range(len(changes)), *reversed(range(len(changes)))):
+        for i in (*range(len(changes)), 1, 0):
             assert torch.equal(image(pipe, kwargs, **changes[i]), expected[i]), changes[i]
 
 
@@ -61,8 +61,7 @@ def test_swapped_schedulers_are_followed(policy):
                 assert torch.equal(image(pipe, kwargs), image(fresh, kwargs))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("stop", [0, 2])
+@pytest.mark.parametrize(("policy", "stop"), [("clockwork", 0), ("clockwork", 2), ("sequential", 0), ("parallel", 2)])
 def test_two_pipelines_around_one_unet_do_not_share_features(policy, stop):
     """Each has a scheduler of its own; the policy was put on the first, whose image breaks off after step `stop`."""
     def second(first, kwargs):
@@ -141,7 +140,7 @@ def test_guidance_in_separate_calls_keeps_its_branches_apart(policy):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("stop", [0, 1, 2])
+@pytest.mark.parametrize("stop", [0, 1])
 def test_a_loop_that_was_broken_off_leaves_nothing_behind(form, stop):
     """A bare policy on a UNet, the same list of timesteps again: all that it can go by is the calls."""
     unet, scheduler = unet_and_scheduler()
@@ -157,11 +156,11 @@ def test_a_loop_that_was_broken_off_leaves_nothing_behind(form, stop):
     assert torch.equal(own_loop(unet, scheduler, form, seed=1), plain)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("policy", "form"), [*((policy, "view") for policy in POLICIES),
+                                              *(("clockwork", form) for form in FORMS if form != "view")])
 def test_own_loop_with_a_scheduler(form, policy):
     made = []
-    for stop in (None, 0, 1, 3):
+    for stop in (None, 0, 2):
         unet, scheduler = unet_and_scheduler(4)
         with apply_policy(SimpleNamespace(unet=unet, scheduler=scheduler), POLICIES[policy]) as handle:
             if stop is not None:
