@@ -215,8 +215,8 @@ class StepCache(Full):
         self.rows += len(sample)
         where = self.clock.at(given[self.names[1]])
         branch = self.branch_at(where, sample)
-        plan = Plan(given, where, branch, reuse=branch is not None and branch.signature is not None
-                    and not self.settings.is_full(where.index, where.total))
+        full = self.settings.is_full(where.index, where.total)  # refuses key steps that this loop does not have
+        plan = Plan(given, where, branch, reuse=not full and branch is not None and branch.signature is not None)
         if plan.reuse:
             if self.parallel and self._same_condition(given, branch):
                 plan.stored = branch.outputs.pop(where.index, None)
@@ -323,7 +323,7 @@ class StepCache(Full):
         if where.times is None:
             raise UserError("policy.parallel=True needs the times to come, which this network's caller does not give; "
                             "use apply_policy(pipe, ...), start(times), or parallel=False")
-        plan.branch.condition = _condition(plan.given)
+        plan.branch.condition = self._condition(plan.given)
         ahead = range(where.index + 1, where.total)
         return list(itertools.takewhile(lambda step: not self.settings.is_full(step, where.total), ahead))
 
@@ -360,10 +360,22 @@ class StepCache(Full):
 
     def _same_condition(self, given: dict, branch: Branch) -> bool:
         """Whether the outputs made ahead are still those of this call; if a callback changed the prompt, they go."""
-        same = all(map(_equal, branch.condition, _condition(given)))
+        same = all(map(_equal, branch.condition, self._condition(given)))
         if not same:
             branch.outputs.clear()
         return same
+
+    def _condition(self, given: dict) -> tuple[Any, ...]:
+        """What an output depends on beside the features and the time.
+
+        Of residuals that are made anew for each step only the shapes, lest the host waits for the device to compare
+        them: an adapter's are copies of one another, and a ControlNet that we replay tells when they change.
+        """
+        made_anew = {"down_intrablock_additional_residuals"}
+        if self.controls:
+            made_anew |= {"down_block_additional_residuals", "mid_block_additional_residual"}
+        return tuple(tensor_map(lambda x: x.shape, given.get(name)) if name in made_anew else given.get(name)
+                     for name in BATCHED)
 
     def _warn(self, text: str) -> None:
         if not self._warned:
@@ -417,6 +429,9 @@ class ControlReplay(ModelHook):
     @outside
     def _keep(self, where: Position, made_for: tuple, out: Any) -> None:
         self.calls += 1
+        if not self.cache.settings.is_full(where.index, where.total):
+            for branch in self.cache.branches.values():  # decoded ahead with other residuals
+                branch.outputs.clear()
         if where.branch is not None:
             self.memory[where.branch] = made_for, tensor_map(Tensor.clone, out)
 
@@ -429,11 +444,6 @@ def refuse_unbatchable(given: dict) -> None:
     if tensors:
         raise UserError(f"policy.parallel=True: cross_attention_kwargs with tensors ({', '.join(extra)}) cannot be "
                         "decoded in one batch; use parallel=False")
-
-
-def _condition(given: dict) -> tuple[Any, ...]:
-    """What an output depends on beside the features and the time."""
-    return tuple(given.get(name) for name in BATCHED)
 
 
 def _signature(sample: Tensor) -> tuple:
