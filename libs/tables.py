@@ -184,18 +184,33 @@ def compare_table(paths: Iterable[str | Path]) -> str:
     return markdown_table(map(comparison_row, comparisons(read_cells(paths))))
 
 
-TABLES = {"results": results_table, "compare": compare_table}
+def safety_table(paths: Iterable[str | Path]) -> str:
+    """The safety table of caching tools (`libs.pipelines.safety`)."""
+    from .pipelines.safety import read_table  # loads diffusers
+
+    return read_table(paths)
+
+
+def speed_table(paths: Iterable[str | Path]) -> str:
+    """The table of one speed benchmark (`libs.pipelines.speed`)."""
+    from .pipelines.speed import read_table  # loads diffusers
+
+    return read_table(paths)
+
+
+TABLES = {"results": results_table, "compare": compare_table, "safety": safety_table, "speed": speed_table}
 
 
 def fill_tables(text: str, root: Path) -> str:
-    """`text` with the table below every line `<!-- results: PATTERN -->` or `<!-- compare: PATTERN -->` made anew
-    from the files under `root` that match PATTERN; rows of `results` are in the order of the files' names.
+    """`text` with the table below every line `<!-- KIND: PATTERN -->`, KIND one of `TABLES`, made anew from the files
+    under `root` that match PATTERN; rows of `results` are in the order of the files' names.
     """
     def fill(match: re.Match) -> str:
         table = TABLES[match["kind"]](sorted(root.glob(match["pattern"])))
         return f"{match['marker']}\n{table}\n"
 
-    return re.sub(r"(?P<marker><!-- (?P<kind>results|compare): (?P<pattern>\S+) -->)\n(?:\|.*\n)*", fill, text)
+    marker = rf"(?P<marker><!-- (?P<kind>{'|'.join(TABLES)}): (?P<pattern>\S+) -->)\n(?:\|.*\n)*"
+    return re.sub(marker, fill, text)
 
 
 if __name__ == "__main__":
