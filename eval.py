@@ -28,10 +28,11 @@ from libs.errors import UserError
 from libs.evaluation import Metrics, Request, score_files, score_seeds
 from libs.files import atomic_path
 from libs.image_folder import ImageFolder, fingerprint, image_names, read_chain
+from libs.markdown import markdown_table
 from libs.processes import Processes
 from libs.provenance import command_line, file_sha256, git_commit, machine, versions
 from libs.seeds import parse_labels, parse_seeds
-from libs.tables import markdown_table, result_row
+from libs.tables import result_row
 
 FLAGS = ("seeds", "labels", "checkpoint", "keep_images", "images", "prompts", "image_size", "benchmark",
          "inception_weights", "out")

@@ -41,10 +41,11 @@ from .evaluation import BATCH
 from .files import atomic_path, reason
 from .generate import Chain
 from .image_folder import ImageFolder, fingerprint, read_chain
+from .markdown import markdown_table
 from .methods import METHODS
 from .plots import draw, points
 from .provenance import file_sha256, machine
-from .tables import equal_steps, gmacs, markdown_table, read_cells
+from .tables import equal_steps, gmacs, read_cells
 
 PSNR = "psnr_to_plain"
 

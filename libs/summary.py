@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from .errors import UserError
 from .files import atomic_path
-from .tables import markdown_table
+from .markdown import markdown_table
 
 GAP, TITLE = 12, 16  # pixels between grids, and above each for its name
 

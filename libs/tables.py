@@ -14,23 +14,7 @@ from typing import Any, NamedTuple
 
 from .errors import UserError
 from .files import atomic_path, reason
-
-EMPTY = "-"
-
-
-def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table; columns are the rows' keys in the order in which they first appear.
-
-    >>> print(markdown_table([{"model": "a", "NFE": 50}, {"model": "b", "FID": "3.1 (50,000 images)"}]))
-    | model | NFE | FID |
-    | --- | --- | --- |
-    | a | 50 | - |
-    | b | - | 3.1 (50,000 images) |
-    """
-    rows = list(rows)
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns, ["---"] * len(columns), *([str(row.get(column, EMPTY)) for column in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+from .markdown import EMPTY, markdown_table
 
 
 def result_row(result: Mapping[str, Any]) -> dict[str, str]:

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from .. import cli
 from ..errors import UserError, choose
 from ..files import atomic_path, reason
+from ..markdown import markdown_table
 from ..policies.clockwork import Clockwork
 from ..policies.encoder_propagation import EncoderPropagation
 from ..provenance import git_commit, versions
-from ..tables import markdown_table
 from . import untrained
 from .apply import apply_policy
 

@@ -34,10 +34,10 @@ from ..benchmark import CLOCKS, SYNCHRONISED, CallClock, PeakMemory, synchronize
 from ..cost import MacCounter, countable
 from ..errors import UserError, choose
 from ..files import atomic_path, reason
+from ..markdown import EMPTY, markdown_table
 from ..policies.clockwork import Clockwork
 from ..policies.encoder_propagation import EncoderPropagation
 from ..provenance import git_commit, machine, versions
-from ..tables import EMPTY, markdown_table
 from . import untrained
 from .apply import apply_policy
 

@@ -19,6 +19,12 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .trees import repeat_rows, tensor_map
+
+# Under torch.compile only the network itself is compiled: frames marked `through` are skipped but let what they call
+# be compiled, frames marked `outside` run as plain Python with all that they call.
+through = torch.compiler.disable(recursive=False)
+outside = torch.compiler.disable
 
 
 class Mode:
@@ -190,24 +196,6 @@ def _beneath_accelerate(module: nn.Module, offloaded: bool) -> Iterator[None]:
         yield
     finally:
         module._old_forward, module.forward = module.forward, outer
-
-
-def tensor_map(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Apply `function` to every tensor in nested tuples, lists and dicts (diffusers' outputs are dicts)."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(tensor_map(function, each) for each in value))
-    if isinstance(value, tuple | list):
-        return type(value)(tensor_map(function, each) for each in value)
-    if isinstance(value, dict):
-        return type(value)(**{key: tensor_map(function, each) for key, each in value.items()})
-    return value
-
-
-def repeat_rows(value: Any, rows: int) -> Any:
-    """Repeat the whole batch of every tensor until it has `rows` rows."""
-    return tensor_map(lambda x: x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.dim() - 1)), value)
 
 
 def _fresh_hidden(out: Any) -> Any:

@@ -14,19 +14,16 @@ from torch import Tensor, nn
 from ..adaptors import DeepFeatures
 from ..errors import UserError, is_out_of_memory
 from .clocks import AnnouncedClock, Position, TimestepsClock
+from .control import ControlReplay
 from .full import Full
-from .hooks import Deep, Mode, SiteHook, attach, tensor_map
+from .hooks import Deep, Mode, SiteHook, attach, outside, through
 from .sites import Sites, sites, unwrap
+from .trees import equal, map_beside, own_copy, own_lists, repeat_argument, signature, tensor_map
 
 ROOT = "step_cache"  # name of the hook on the network itself
 BATCHED = ("encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask", "added_cond_kwargs",
            "down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals",
            "encoder_attention_mask", "y", "context")  # arguments with one row an image
-
-# Under torch.compile only the network itself is compiled: frames marked `through` are skipped but let what they call
-# be compiled, frames marked `outside` run as plain Python with all that they call.
-through = torch.compiler.disable(recursive=False)
-outside = torch.compiler.disable
 
 
 class Settings(Protocol):
@@ -143,7 +140,9 @@ class StepCache(Full):
 
     def replay_control(self, module: nn.Module) -> None:
         """Let a ControlNet beside the network run on key steps only and repeat its residuals on the others."""
-        hook = ControlReplay(self)
+        # The clock is asked for anew at each call: `start` exchanges it.
+        hook = ControlReplay(lambda *args, **kwargs: self.clock.at(*args, **kwargs), self.settings.is_full,
+                             self._drop_outputs)
         self._detach.append(attach(module, hook, "step_cache_control"))
         self.controls.append(hook)
 
@@ -184,7 +183,7 @@ class StepCache(Full):
             return plan.stored
         try:
             self.mode.reuse = plan.reuse
-            out = forward(**_own_lists(plan.given))
+            out = forward(**own_lists(plan.given))
             self._done(plan)
             if self.parallel and not plan.reuse and plan.branch is not None:
                 self._recall(plan)
@@ -236,7 +235,7 @@ class StepCache(Full):
                 hook.fresh = None
         else:
             self._keep_features(plan)
-            plan.branch.signature = _signature(plan.given[self.names[0]])
+            plan.branch.signature = signature(plan.given[self.names[0]])
 
     @outside
     def _forget(self, plan: "Plan") -> None:
@@ -255,7 +254,7 @@ class StepCache(Full):
                        "in full; apply_policy(pipe, ...) or start(times) tells them apart")
             return None
         branch = self.branches.setdefault(where.branch, Branch())
-        if branch.signature not in (None, _signature(sample)):
+        if branch.signature not in (None, signature(sample)):
             branch = self.branches[where.branch] = Branch()
         return branch
 
@@ -266,14 +265,14 @@ class StepCache(Full):
 
         def keep(new: Tensor, old: Any) -> Tensor:
             if id(new) not in known:
-                known[id(new)] = _copy(new, old if isinstance(old, Tensor) else None)
+                known[id(new)] = own_copy(new, old if isinstance(old, Tensor) else None)
             return known[id(new)]
 
         for hook in self.site_hooks:
             if hook is self.deep:
                 self._keep_deep(hook, branch)
             else:
-                branch.buffers[hook] = _map_beside(keep, hook.fresh, branch.buffers.get(hook))
+                branch.buffers[hook] = map_beside(keep, hook.fresh, branch.buffers.get(hook))
             hook.fresh = hook.memory = None
         branch.gap = where.index - branch.last_full
         branch.last_full = where.index
@@ -285,11 +284,11 @@ class StepCache(Full):
         old = branch.buffers.get(hook, DeepFeatures())
         before = None
         if "r_key_before" in uses:
-            before = _copy(r_out if old.r_key is None else old.r_key, old.r_key_before)
+            before = own_copy(r_out if old.r_key is None else old.r_key, old.r_key_before)
         branch.buffers[hook] = DeepFeatures(
-            r_key=_copy(r_out, old.r_key), r_key_before=before,
-            r_prev=_copy(r_out, old.r_prev) if "r_prev" in uses else None,
-            r_in_key=_copy(r_in, old.r_in_key) if "r_in_key" in uses else None)
+            r_key=own_copy(r_out, old.r_key), r_key_before=before,
+            r_prev=own_copy(r_out, old.r_prev) if "r_prev" in uses else None,
+            r_in_key=own_copy(r_in, old.r_in_key) if "r_in_key" in uses else None)
 
     def _keep_correction(self, branch: Branch) -> None:
         """What an adaptor made is the r_prev of the next step."""
@@ -334,7 +333,7 @@ class StepCache(Full):
         sample, timestep = given[self.names[0]], given[self.names[1]]
         k, b = len(window), len(sample)
         refuse_unbatchable(given)
-        wide = {name: _repeat_argument(value, k) if name in BATCHED else value for name, value in given.items()}
+        wide = {name: repeat_argument(value, k) if name in BATCHED else value for name, value in given.items()}
         wide[self.names[0]] = sample.repeat(k, *[1] * (sample.dim() - 1))  # its values do not matter
         times = times.to(sample.device, timestep.dtype if isinstance(timestep, Tensor) else times.dtype)
         rows = times.repeat_interleave(b) if times.dim() == 1 else times.repeat(1, b // times.shape[1]).flatten()
@@ -360,10 +359,15 @@ class StepCache(Full):
 
     def _same_condition(self, given: dict, branch: Branch) -> bool:
         """Whether the outputs made ahead are still those of this call; if a callback changed the prompt, they go."""
-        same = all(map(_equal, branch.condition, self._condition(given)))
+        same = all(map(equal, branch.condition, self._condition(given)))
         if not same:
             branch.outputs.clear()
         return same
+
+    def _drop_outputs(self) -> None:
+        """Steps that were decoded ahead were so with other residuals."""
+        for branch in self.branches.values():
+            branch.outputs.clear()
 
     def _condition(self, given: dict) -> tuple[Any, ...]:
         """What an output depends on beside the features and the time.
@@ -395,47 +399,6 @@ class Root(ModelHook):
         return self.cache.call(self.fn_ref.original_forward, args, kwargs)
 
 
-class ControlReplay(ModelHook):
-    """A ControlNet beside a cached network: it runs on that network's key steps and repeats itself on the others."""
-
-    def __init__(self, cache: StepCache):
-        super().__init__()
-        self.cache, self.calls = cache, 0
-        self.memory: dict[int, tuple] = {}  # branch -> (what the output was made for, the output)
-        self._loop = 0
-
-    @through
-    def new_forward(self, module: nn.Module, *args, **kwargs):
-        given = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
-        made_for = _signature(given["sample"]), kwargs.get("conditioning_scale")  # 0 outside its guidance interval
-        where, stored = self._look_up(made_for, given["timestep"])
-        if stored is not None:
-            return stored
-        out = self.fn_ref.original_forward(*args, **kwargs)
-        self._keep(where, made_for, out)
-        return out
-
-    @outside
-    def _look_up(self, made_for: tuple, timestep: Tensor | float) -> tuple[Position, Any]:
-        where = self.cache.clock.at(timestep, caller=self)
-        if where.loop != self._loop:
-            self.memory, self._loop = {}, where.loop
-        held, out = self.memory.get(where.branch, (None, None))
-        if not _equal(held, made_for) or self.cache.settings.is_full(where.index, where.total):
-            self.memory.pop(where.branch, None)
-            return where, None
-        return where, tensor_map(Tensor.clone, out)  # a MultiControlNet adds in place to what its nets return
-
-    @outside
-    def _keep(self, where: Position, made_for: tuple, out: Any) -> None:
-        self.calls += 1
-        if not self.cache.settings.is_full(where.index, where.total):
-            for branch in self.cache.branches.values():  # decoded ahead with other residuals
-                branch.outputs.clear()
-        if where.branch is not None:
-            self.memory[where.branch] = made_for, tensor_map(Tensor.clone, out)
-
-
 def refuse_unbatchable(given: dict) -> None:
     """Raise a UserError for arguments whose rows nobody can repeat."""
     extra = given.get("cross_attention_kwargs") or {}
@@ -444,46 +407,3 @@ def refuse_unbatchable(given: dict) -> None:
     if tensors:
         raise UserError(f"policy.parallel=True: cross_attention_kwargs with tensors ({', '.join(extra)}) cannot be "
                         "decoded in one batch; use parallel=False")
-
-
-def _signature(sample: Tensor) -> tuple:
-    return sample.shape, sample.dtype, sample.device
-
-
-def _own_lists(given: dict) -> dict:
-    """diffusers pops adapters' residuals from the list that it is given; ours are needed again."""
-    return {name: list(value) if isinstance(value, list) else value for name, value in given.items()}
-
-
-def _repeat_argument(value: Any, k: int) -> Any:
-    return tensor_map(lambda x: x.repeat(k, *[1] * (x.dim() - 1)) if x.dim() else x, value)
-
-
-def _copy(new: Tensor, buffer: Tensor | None) -> Tensor:
-    """`new` in memory of our own, `buffer` where it fits."""
-    if buffer is not None and buffer.shape == new.shape and buffer.dtype == new.dtype:
-        return buffer.copy_(new)
-    return new.detach().clone()
-
-
-def _map_beside(function: Callable[[Tensor, Any], Tensor], value: Any, beside: Any) -> Any:
-    """`function(tensor, its counterpart in beside or None)` over nested tuples."""
-    if isinstance(value, Tensor):
-        return function(value, beside)
-    if isinstance(value, tuple | list):
-        others = beside if isinstance(beside, tuple | list) and len(beside) == len(value) else [None] * len(value)
-        return tuple(_map_beside(function, each, other) for each, other in zip(value, others, strict=True))
-    return value
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Equality of nested arguments; the same objects, the usual case, are not looked into."""
-    if a is b:
-        return True
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.device == b.device and bool(torch.equal(a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return type(a) is type(b) and a == b
