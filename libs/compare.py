@@ -147,10 +147,13 @@ class Grid:
     """The cells, their results in `out` and their images in `images`.
 
     samples: seeds 0 to samples - 1 of every cell. rows: images in one call of the network, 0 is the config's own.
+    precision: of the network, "" is the config's own.
     """
 
-    def __init__(self, cells: list[Cell], out: Path, images: Path, samples: int, rows: int = 0):
-        self.cells, self.out, self.images, self.samples, self.rows = cells, out, images, samples, rows
+    def __init__(self, cells: list[Cell], out: Path, images: Path, samples: int, rows: int = 0, precision: str = ""):
+        self.cells, self.out, self.images, self.samples = cells, out, images, samples
+        compute = {"rows": str(rows) if rows else "", "precision": precision}
+        self.compute = {f"compute.{name}": text for name, text in compute.items() if text}
         self.results: dict[str, dict] = {}  # the finished cells'
         self.failed: list[str] = []
         self._read: set[str] = set()
@@ -170,7 +173,7 @@ class Grid:
         return self.out / f"{cell.name}.json"
 
     def overrides(self, cell: Cell) -> dict[str, str]:
-        return cell.overrides | ({"compute.rows": str(self.rows)} if self.rows else {})
+        return cell.overrides | self.compute
 
     def config(self, cell: Cell) -> ConfigDict:
         config = config_files.load(cell.config_flag)
@@ -393,6 +396,8 @@ def define_flags(fv) -> None:
     absl_flags.DEFINE_integer("samples", 500, "images of a cell", flag_values=fv, lower_bound=2)
     absl_flags.DEFINE_integer("rows", 0, "images in one call of the network; 0 is the config's", flag_values=fv,
                               lower_bound=0)
+    absl_flags.DEFINE_enum("precision", None, list(build.DTYPES), "of the network; the config's unless given",
+                           flag_values=fv)
     absl_flags.DEFINE_float("max_minutes", 0.0, "stop after so long; 0 is no limit", flag_values=fv, lower_bound=0)
     absl_flags.DEFINE_boolean("list", False, "list the cells and their states", flag_values=fv)
     absl_flags.DEFINE_boolean("benchmark", True, "time finished cells that have no time yet", flag_values=fv)
@@ -413,7 +418,8 @@ def compare(_, flags) -> int:
         draw(points(read_cells(sorted(out.glob("*.json")))), flags.picture)
         return 0
     cells = select(load_grid(flags.grid), flags.cells)
-    grid = Grid(cells, out, Path(flags.keep_images), flags.samples, flags.rows)
+    grid = Grid(cells, out, Path(flags.keep_images), flags.samples, flags.rows,
+                flags.precision or "")
     grid.load()
     if flags.list:
         sys.stdout.write(grid.list() + "\n")

@@ -27,7 +27,8 @@ def points(results: Iterable[Mapping[str, Any]], metric: str = "frechet_cifar10"
         cell, value = result["cell"], result["metrics"][metric]
         found.append({
             "method": " ".join(filter(None, [result["method"]["name"], settings_text(cell["settings"])])),
-            "plain": is_plain(result), "curve": f"{result['model']}, {result['sampler']['name']}",
+            "plain": is_plain(result),
+            "curve": f"{result['model']}, {result['sampler']['name']}, {result['compute']['precision']}",
             "gmacs": gmacs(result), "seconds": result.get("timing", {}).get("seconds_per_image"),
             "value": value["value"], "samples": value["samples"], "metric": metric,
         })

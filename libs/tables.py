@@ -69,7 +69,7 @@ class Comparison(NamedTuple):
     """A cell of the grid (see `libs.compare`) beside plain sampling, the whole network in every call.
 
     result      the cell
-    plain       plain sampling with the same checkpoint and sampler, at the steps that the methods start from
+    plain       plain sampling with the same checkpoint, precision and sampler, at the steps that the methods start from
     equal_time  whether `result` is plain sampling too, with as many steps as cost what the methods before it cost
     """
 
@@ -106,8 +106,8 @@ def read_cells(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 
 def comparisons(results: Iterable[Mapping[str, Any]]) -> list[Comparison]:
-    """Cells in the order of the table. Each group (checkpoint, sampler, steps) begins with its plain cell; then
-    methods by falling cost, and after those that are worth equally many plain steps, these.
+    """Cells in the order of the table. Each group (checkpoint, precision, sampler, steps) begins with its plain cell;
+    then methods by falling cost, and after those that are worth equally many plain steps, these.
     """
     results = list(results)
     plain = {_place(result): result for result in results if is_plain(result)}
@@ -116,8 +116,8 @@ def comparisons(results: Iterable[Mapping[str, Any]]) -> list[Comparison]:
         if is_plain(result):
             continue
         if _place(result) not in plain:
-            raise UserError(f"cell {result['cell']['name']}: there is no plain cell of its checkpoint, sampler and "
-                            "steps beside it")
+            raise UserError(f"cell {result['cell']['name']}: there is no plain cell of its checkpoint, precision, "
+                            "sampler and steps beside it")
         groups.setdefault(_place(result), []).append(Comparison(result, plain[_place(result)]))
     rows, equals = {}, set()
     for place, methods in groups.items():
@@ -135,11 +135,11 @@ def comparisons(results: Iterable[Mapping[str, Any]]) -> list[Comparison]:
     return [row for place in sorted(rows) for row in rows[place]]
 
 
-def _place(result: Mapping[str, Any]) -> tuple[str, str, str, int]:
+def _place(result: Mapping[str, Any]) -> tuple[str, str, str, str, int]:
     """What a method and the plain sampling beside it have in common; the steps come last."""
     rest = dict(result["sampler"])
     name, steps = rest.pop("name"), rest.pop("steps")
-    return result["model"], name, json.dumps(rest, sort_keys=True), steps
+    return result["model"], result["compute"]["precision"], name, json.dumps(rest, sort_keys=True), steps
 
 
 def comparison_row(row: Comparison) -> dict[str, str]:
@@ -148,6 +148,7 @@ def comparison_row(row: Comparison) -> dict[str, str]:
     return {
         "model": row.result["model"], "method": row.result["method"]["name"],
         "settings": "equal time" if row.equal_time else settings_text(cell["settings"]) or EMPTY,
+        "precision": row.result["compute"]["precision"],
         "sampler": sampler["name"], "NFE": str(row.result["nfe"]), "GMACs": f"{gmacs(row.result):.4g}",
         "MACs": f"{row.macs_ratio:.3f}", "time": EMPTY if row.time_ratio is None else f"{row.time_ratio:.3f}",
     } | metric_columns(row.result)

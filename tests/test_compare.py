@@ -24,7 +24,8 @@ def result_of(cell: Cell, gmacs: float, frechet: float = 3.0, seconds: float | N
     """What a finished cell's file holds, as far as tables, pictures and plans read it."""
     sampler = {"name": cell.sampler, "steps": cell.steps, "eta": 0.0, "cfg_scale": 1.0}
     result = {"model": "net", "method": {"name": cell.policy, **cell.settings}, "sampler": sampler, "nfe": cell.steps,
-              "samples": 500, "metrics": {"frechet_cifar10": {"value": frechet, "samples": 500}},
+              "samples": 500, "compute": {"precision": "fp32"},
+              "metrics": {"frechet_cifar10": {"value": frechet, "samples": 500}},
               "gmacs_per_image": {"with_attention_products": gmacs, "without_attention_products": gmacs},
               "cell": {"name": cell.name, "settings": dict(cell.settings), "fingerprint": ""}}
     if seconds is not None:
@@ -224,7 +225,10 @@ def test_foreign_files_in_the_result_folder_are_named(tmp_path, run):
     assert "digits_uvit_full_ddim_2.json is no cell of libs.compare" in ran.stderr
 
 
-def test_rows_enter_the_fingerprint(tmp_path):
+def test_rows_and_precision_enter_the_fingerprint(tmp_path):
     cell = Cell(**DIGITS, steps=2)
+    precisions = ("", "fp32", "bf16")
+    prints = {Grid([cell], tmp_path, tmp_path, 4, 0, precision).fingerprint(cell) for precision in precisions}
+    assert len(prints) == 2  # the config's own is fp32
     prints = {Grid([cell], tmp_path, tmp_path, 4, rows).fingerprint(cell) for rows in (0, 4, 50)}
     assert len(prints) == 2  # the config's own are 50

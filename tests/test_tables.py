@@ -44,9 +44,10 @@ def test_table_of_files(tmp_path):
     ]
 
 
-def write_cell(folder, name, policy, steps, nfe_gmacs, settings=(), timing=None, **metrics):
+def write_cell(folder, name, policy, steps, nfe_gmacs, settings=(), timing=None, precision="fp32", **metrics):
     result = RESULT | {
-        "method": {"name": policy}, "nfe": steps, "sampler": {"name": "ddim", "eta": 0.0, "steps": steps},
+        "method": {"name": policy}, "nfe": steps, "compute": {"precision": precision},
+        "sampler": {"name": "ddim", "eta": 0.0, "steps": steps},
         "gmacs_per_image": {"with_attention_products": nfe_gmacs}, "cell": {"name": name, "settings": dict(settings)},
         "metrics": {key: {"value": value, "samples": 500} for key, value in metrics.items()},
     }
@@ -65,9 +66,9 @@ def test_every_method_stands_before_plain_sampling_of_equal_time(tmp_path):
     write_cell(tmp_path, "full_3", "full", 3, 10.6, frechet_cifar10=5)  # 14 GMACs are worth 4 steps, not 3
     lines = [[cell.strip() for cell in line.strip("|").split("|")]
              for line in compare_table(sorted(tmp_path.glob("*.json"))).splitlines()]
-    assert lines[0] == ["model", "method", "settings", "sampler", "NFE", "GMACs", "MACs", "time", "frechet_cifar10",
-                        "psnr_to_plain"]
-    rows = [[line[1], line[2], *line[4:]] for line in lines[2:]]
+    assert lines[0] == ["model", "method", "settings", "precision", "sampler", "NFE", "GMACs", "MACs", "time",
+                        "frechet_cifar10", "psnr_to_plain"]
+    rows = [[line[1], line[2], *line[5:]] for line in lines[2:]]
     assert rows == [
         ["full", "-", "3", "10.6", "1.000", "-", "5.000 (500 images)", "-"],
         ["full", "-", "10", "35.3", "1.000", "1.000", "2.000 (500 images)", "-"],
@@ -81,6 +82,7 @@ def test_every_method_stands_before_plain_sampling_of_equal_time(tmp_path):
 def test_a_method_needs_its_plain_cell(tmp_path):
     write_cell(tmp_path, "clock_2", "clockwork", 10, 21.0, frechet_cifar10=3)
     write_cell(tmp_path, "full_9", "full", 9, 31.8, frechet_cifar10=2)
+    write_cell(tmp_path, "full_10_bf16", "full", 10, 35.3, precision="bf16", frechet_cifar10=2)
     with pytest.raises(UserError, match="cell clock_2: there is no plain cell"):
         compare_table(tmp_path.glob("*.json"))
 
