@@ -1,35 +1,30 @@
 """Distil a model into one that is cheaper to sample; the same command again goes on where it stopped.
 
-    python distillate.py --config=configs/digits_uvit.py:progressive --config.distill.steps=16 --workdir=runs/digits_16
-    python distillate.py --config=configs/digits_uvit.py:progressive --config.distill.steps=8 \\
-        --checkpoint=runs/digits_16 --workdir=runs/digits_8
+    python distillate.py --config=configs/cifar10_unet.py:progressive --config.distill.start_steps=1024 \\
+        --config.distill.end_steps=2 --workdir=runs/students
+    python distillate.py --config=configs/digits_uvit.py:progressive --checkpoint=runs/digits --workdir=runs/digits_8
     python distillate.py --config=configs/cifar10_unet.py:dpm_solver_pp,clockwork_adaptor --config.sampler.steps=8 \\
         --workdir=runs/adaptor
     python distillate.py --config=configs/sd15.py:clockwork_adaptor --config.pipeline.scheduler=dpm_solver_pp \\
         --config.pipeline.steps=8 --prompts=captions.txt --workdir=runs/sd15_adaptor
 
-progressive: the teacher is --checkpoint, or else the config's own; one DDIM step of the student learns two of its.
-WORKDIR is a training folder as train.py's, and sample.py --checkpoint=WORKDIR takes the number of steps from it.
+progressive: one DDIM step of a student learns two of its teacher's; the student becomes the next teacher. The first is
+--checkpoint, or else the config's own. WORKDIR gets stages.json and a training folder as train.py's for each student,
+such as steps_0512; sample.py --checkpoint=WORKDIR takes the last one, --checkpoint=WORKDIR/steps_0512 that one, and
+each brings its number of steps along.
 
 clockwork_adaptor: the model stays as it is, and an adaptor learns from its trajectories, without images. WORKDIR gets
 adaptor.safetensors, which --config.policy.adaptor names with :clockwork, the sampler, and its steps.
 """
 
-import copy
 import sys
 import time
 
 from absl import flags as absl_flags
-from absl import logging
 
 from libs import cli
-from libs.build import MODEL_SECTIONS, adopt_sampler, load_model, make_denoiser, prepare_backbone
-from libs.checkpoint import resolve
-from libs.distillation import Halving, student_sampler
-from libs.distillation.progressive import refuse_other_steps
 from libs.errors import UserError, choose
 from libs.processes import Processes
-from libs.training import Run, Trainer, choose_precision, load_training_data, validate
 
 
 def define_flags(fv) -> None:
@@ -42,32 +37,12 @@ def define_flags(fv) -> None:
 
 
 def halve(config, flags, began: float) -> int:
-    """Progressive distillation."""
+    """Progressive distillation: all stages, or one."""
+    from libs.distillation.stages import Stages
+
     processes = Processes(cli.choose_device(config.compute.device))
-    device = processes.device
-    validate(config, processes.count)
-    precision = choose_precision(config)
-
     start = str(flags.checkpoint or config.checkpoint)
-    run = Run(cli.output_dir(flags.workdir, "workdir"), config, start, processes)
-    saved = run.resume()
-    if saved is not None and saved.step >= config.train.steps:
-        logging.info("%s is finished: %d steps; a larger --config.train.steps goes on", run.workdir, saved.step)
-        return 0
-
-    teacher, held = load_model(config, flags.checkpoint)
-    refuse_other_steps(held, config.distill.steps)
-    description = {name: held[name] for name in (*MODEL_SECTIONS, "image")}
-    student = copy.deepcopy(teacher)
-    teacher = prepare_backbone(teacher.requires_grad_(False), config.compute, device)
-    halving = Halving(make_denoiser(teacher, description, precision, device), config.distill.steps,
-                      config.distill.weighting)
-    description["sampler"] = student_sampler(config.distill.steps, halving.teacher.schedule)
-    adopt_sampler(config, description)
-    logging.info("teacher %s, %d steps; student %d steps", resolve(start), 2 * halving.steps, halving.steps)
-    trainer = Trainer(config, run, student, description, halving, precision)
-    trainer.restore(saved)
-    status = trainer.train(load_training_data(config.data, description, device), began)
+    status = Stages(config, cli.output_dir(flags.workdir, "workdir"), start, processes).run(began)
     processes.close()
     return status
 
@@ -76,7 +51,7 @@ def train_adaptor(config, flags, began: float) -> int:
     """Clockwork's distillation."""
     from libs.distillation.clockwork_adaptor import distil  # diffusers takes seconds to import
 
-    return distil(config, flags.workdir, flags.checkpoint, flags.prompts, flags.overrides, began)
+    return distil(config, flags.workdir, flags.checkpoint, flags.prompts, flags.chosen, began)
 
 
 DISTILLATIONS = {"progressive": halve, "clockwork_adaptor": train_adaptor}

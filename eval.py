@@ -83,7 +83,7 @@ def evaluate_seeds(config, flags) -> dict | None:
     if section.cost_images < 1:
         raise UserError(f"eval.cost_images={section.cost_images} must be at least 1")
     processes = Processes(cli.choose_device(config.compute.device))
-    chain, source = build.load_chain(config, flags.checkpoint, processes.device, flags.overrides)
+    chain, source = build.load_chain(config, flags.checkpoint, processes.device, flags.chosen)
     steps = section.benchmark_steps or config.sampler.steps
     timed = replace(chain, ts=build.make_times({**config.sampler, "steps": steps}, chain.denoiser.schedule))
     labels = parse_labels(flags.labels, seeds, chain.num_classes)

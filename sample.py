@@ -6,9 +6,10 @@
     python sample.py --config=configs/sd15.py:encoder_propagation --prompts="a photo of an astronaut" --seeds=0-3 \\
         --out=outputs/sd15 --compare
 
-The same seed gives the same image in any batch. The same command again makes only what is missing. Seed i shows
-prompt i modulo their number. --compare times the plain pipeline against the accelerated one and writes compare.json
-and compare.png (left plain, right accelerated).
+The same seed gives the same image in any batch. The same command again makes only what is missing. --captures=5
+adds montage.png: the first seeds' states at five times, from noise to image. Seed i shows prompt i modulo their
+number. --compare times the plain pipeline against the accelerated one and writes compare.json and compare.png (left
+plain, right accelerated).
 """
 
 import json
@@ -28,10 +29,12 @@ from libs.data.images import image_grid, save_png
 from libs.errors import UserError
 from libs.files import atomic_path
 from libs.image_folder import ImageFolder, fingerprint
+from libs.montage import capture_indices, captures, montage
 from libs.processes import Processes
 from libs.seeds import parse_labels, parse_seeds
 
 GRID = 100  # images in grid.png at most
+COLUMNS = 16  # images in montage.png at most
 
 
 def define_flags(fv) -> None:
@@ -42,6 +45,7 @@ def define_flags(fv) -> None:
     absl_flags.DEFINE_integer("batch_size", 0, "images written at a time; 0 is compute.rows", flag_values=fv)
     absl_flags.DEFINE_string("checkpoint", None, "released name, file or training folder", flag_values=fv)
     absl_flags.DEFINE_bool("cost", False, "count multiply-adds, by sampling one more image", flag_values=fv)
+    absl_flags.DEFINE_integer("captures", 0, "rows of montage.png, from noise to image; 0 is none", flag_values=fv)
     absl_flags.DEFINE_bool("compare", False, "time a pipeline's policy beside the plain pipeline", flag_values=fv)
     absl_flags.DEFINE_integer("repeats", 3, "timed calls of each of the two of --compare", flag_values=fv)
     absl_flags.DEFINE_string("out", "outputs/samples", "folder, or a file that ends in .npz", flag_values=fv)
@@ -52,7 +56,7 @@ def open_chain(config, flags, device):
     for flag in ("prompts", "control_image", "compare"):
         if getattr(flags, flag):
             raise UserError(f"--{flag}={getattr(flags, flag)} belongs to a pipeline, such as configs/sd15.py")
-    chain, checkpoint = build.load_chain(config, flags.checkpoint, device, flags.overrides)
+    chain, checkpoint = build.load_chain(config, flags.checkpoint, device, flags.chosen)
     about = {"model": Path(flags.checkpoint or config.checkpoint).name, "sampler": config.sampler.name}
     return chain, fingerprint(config, checkpoint, flags.labels), about, chain.policy.stats
 
@@ -62,7 +66,7 @@ def open_pipeline(config, flags, device):
     from libs.pipelines.prompts import read_prompts  # diffusers takes seconds to import
     from libs.pipelines.sampling import PipelineSampler, check_compare
 
-    for flag in ("labels", "checkpoint", "cost"):
+    for flag in ("labels", "checkpoint", "cost", "captures"):
         if getattr(flags, flag):
             raise UserError(f"--{flag}={getattr(flags, flag)} belongs to a config without a pipeline")
     if flags.compare:
@@ -80,11 +84,14 @@ def sample(config, flags) -> None:
     if flags.batch_size < 0:
         raise UserError(f"--batch_size={flags.batch_size} must be at least 1")
     as_npz = flags.out.endswith(".npz")
+    if as_npz and flags.captures:
+        raise UserError(f"--captures={flags.captures} writes a picture into a folder, --out={flags.out} is none")
     out = cli.output_dir(f"{flags.out}.parts" if as_npz else flags.out)
     processes = Processes(cli.choose_device(config.compute.device))
     open_source = open_pipeline if "pipeline" in config else open_chain
     source, made_by, about, stats = open_source(config, flags, processes.device)
     labels = parse_labels(flags.labels, seeds, source.num_classes)
+    captured = capture_indices(source, flags.captures) if flags.captures else []
     folder = ImageFolder(out, made_by)
 
     own = folder.missing(processes.share(seeds, source.rows))
@@ -102,6 +109,9 @@ def sample(config, flags) -> None:
             if flags.cost:
                 summary["gmacs_per_image"] = gmacs_per_image(source, own[:1], labels and own_labels[:1])
             write_json(Path(flags.out).with_suffix(".json") if as_npz else out / "summary.json", summary)
+        if captured:
+            rows = captures(source, seeds[:COLUMNS], labels and labels[:COLUMNS], captured)
+            save_png(out / "montage.png", montage(rows))
         if flags.compare:
             compare_with_plain(source, seeds, folder, flags.repeats)
         if as_npz:

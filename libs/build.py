@@ -14,6 +14,7 @@ from .backbones.attention import set_attention
 from .codecs import make_codec
 from .denoiser import TARGETS, TIME_INPUTS, Denoiser
 from .errors import UserError, choose
+from .factory import refuse_other_size
 from .generate import Chain
 from .policies import make_policy
 from .samplers import grid_orders, make_sampler
@@ -44,7 +45,8 @@ def make_denoiser(net, description: Mapping, precision: str = "fp32",
     autocast = None
     if dtype is not None:
         autocast = partial(torch.autocast, (device or torch.device("cpu")).type, dtype=dtype)
-    return Denoiser(net, schedule, section["prediction"], section["time_input"], autocast)
+    return Denoiser(net, schedule, section["prediction"], section["time_input"], autocast,
+                    section.get("time_scale", 1.0))
 
 
 def load_model(config: Mapping, name: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -56,14 +58,17 @@ def load_model(config: Mapping, name: str | None = None) -> tuple[nn.Module, dic
     path = checkpoints.resolve(name or config["checkpoint"])
     own = describe(config)
     net, held = checkpoints.load_described(path, own["backbone"])
-    return net, {**own, **held}
+    description = {**own, **held}
+    refuse_other_size(net, description)
+    return net, description
 
 
 def adopt_sampler(config: ConfigDict, description: Mapping, overrides: Collection[str] = ()) -> None:
     """Let a distilled student's own sampler section fill the config's, but for what the user overrode."""
     for field, value in description.get("sampler", {}).items():
         if f"sampler.{field}" not in overrides:
-            config.sampler[field] = value
+            with config.unlocked():  # a sampler may have options that the config's own has not
+                config.sampler[field] = value
 
 
 def prepare_backbone(net: nn.Module, compute: Mapping, device: torch.device) -> nn.Module:
@@ -80,6 +85,20 @@ def make_times(section: Mapping, schedule: Schedule):
     return time_grid(section["grid"], section["steps"], schedule, section["t_start"], section["t_end"], orders)
 
 
+def guidance_range(cond: Mapping) -> tuple[float, float] | None:
+    """(lowest, highest) guidance scale of a network that takes it as an input: a `cond` section's `guidance`."""
+    if cond.get("guidance") is None:
+        return None
+    try:
+        low, high = map(float, cond["guidance"])
+    except (TypeError, ValueError):
+        low = high = float("nan")
+    if not low <= high:
+        raise UserError(f"cond.guidance={cond['guidance']!r} must be two numbers, the lowest and the highest guidance "
+                        "scale")
+    return low, high
+
+
 def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: torch.device) -> Chain:
     """Every link of the chain around `net`, which `prepare_backbone` has put on the device."""
     section, cond = config["sampler"], description["cond"]
@@ -88,7 +107,13 @@ def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: to
     denoiser = make_denoiser(policy, description, config["compute"]["precision"], device)
     codec = make_codec(description["codec"], device)
     null_label = cond["null_label"] if cond["null_label"] >= 0 else None
-    if section["cfg_scale"] != 1 and null_label is None:
+    scales = guidance_range(cond)
+    if scales is not None and getattr(net, "guidance_embedding", None) is None:
+        raise UserError(f"cond.guidance={cond['guidance']!r}: the network was built without backbone.guidance_embed")
+    if scales is not None and not scales[0] <= section["cfg_scale"] <= scales[1]:
+        raise UserError(f"sampler.cfg_scale={section['cfg_scale']}: this network takes the guidance scale as an input, "
+                        f"from {scales[0]:g} to {scales[1]:g}")
+    if scales is None and section["cfg_scale"] != 1 and null_label is None:
         raise UserError(f"sampler.cfg_scale={section['cfg_scale']}: this model has no null class to guide "
                         "against; use 1.0")
     threshold = None
@@ -104,7 +129,7 @@ def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: to
                  ts=make_times(section, denoiser.schedule), codec=codec,
                  shape=codec.latent_shape(image["size"], image["channels"]), device=device,
                  null_label=null_label, num_classes=cond["num_classes"], cfg_scale=section["cfg_scale"],
-                 threshold=threshold, rows=config["compute"]["rows"])
+                 takes_scale=scales is not None, threshold=threshold, rows=config["compute"]["rows"])
 
 
 def load_chain(config: ConfigDict, name: str | None, device: torch.device,

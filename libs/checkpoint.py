@@ -1,10 +1,13 @@
 """Weights on disk. Ours are safetensors whose metadata holds the config that rebuilds the network.
 
-`load_backbone` also reads U-ViT's `.pth` files and diffusers folders. No file is ever unpickled as code.
+`load_backbone` also reads U-ViT's `.pth` files, diffusion_distiller's `checkpoint.pt` and diffusers folders. No file
+is ever unpickled as code, and none chooses a Python file that runs.
 """
 
 import contextlib
+import itertools
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +20,13 @@ from torch import Tensor, nn
 
 from .backbones import BACKBONES
 from .errors import UserError, choose
-from .files import atomic_path
+from .files import atomic_path, reason
 
 ROOT = Path(__file__).resolve().parents[1]
 RELEASED = ROOT / "assets" / "checkpoints"
 FORMAT = "diffusion-shortcuts-1"
+CONSTANTS = ("inv_freq",)  # frequencies, multiplied by times up to 1000: half precision would turn their phases
+STAGES = "stages.json"  # in the folder of a distillation in stages
 
 
 def build_backbone(section: Mapping) -> nn.Module:
@@ -30,15 +35,21 @@ def build_backbone(section: Mapping) -> nn.Module:
     cls = choose("backbone.name", options.pop("name"), BACKBONES)()
     try:
         return cls(**options)
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"backbone: {error}") from error
 
 
 def resolve(name: str, field: str = "checkpoint") -> Path:
-    """A path, or a name in assets/checkpoints, or a training folder (its newest EMA weights)."""
+    """A path, or a name in assets/checkpoints, or a training folder (its newest EMA weights), or the folder of a
+    distillation in stages (its last finished student).
+    """
     if not name:
         raise UserError(f"{field} is empty: name a file, or one of {released_names()}")
     path, released = Path(name), RELEASED / f"{name}.safetensors"
+    if (path / STAGES).is_file():
+        path = _last_student(path, field)
     if path.is_dir() and (path / "ckpts").is_dir():
         weights = sorted(path.glob("ckpts/[0-9]*/backbone_ema.safetensors"))
         if not weights:
@@ -51,6 +62,19 @@ def resolve(name: str, field: str = "checkpoint") -> Path:
     raise UserError(f"{field}={name!r} is not there; give a path, or one of {released_names()}")
 
 
+def _last_student(folder: Path, field: str) -> Path:
+    """The training folder of the last finished student, by the manifest of `distillation.stages`."""
+    try:
+        stages = json.loads((folder / STAGES).read_text())["stages"]
+        finished = [stage["name"] for stage in stages if stage["finished"] and stage["steps"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{field}={str(folder)!r}: {STAGES} cannot be read ({reason(error)})") from error
+    if not finished:
+        raise UserError(f"{field}={str(folder)!r}: no student there is finished yet; a stage that is under way can be "
+                        f"named itself: {', '.join(str(folder / stage['name']) for stage in stages)}")
+    return folder / finished[-1]
+
+
 def released_names() -> str:
     return ", ".join(sorted(path.stem for path in RELEASED.glob("*.safetensors"))) or "(none released)"
 
@@ -61,17 +85,19 @@ def save_backbone(path: Path, tensors: Mapping[str, Tensor], description: Mappin
 
     dtype: of the floating-point tensors on disk (torch.float16 halves a release); None keeps them.
     """
-    def stored(tensor: Tensor) -> Tensor:
+    def stored(name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.detach().cpu().contiguous()
-        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        halved = dtype is not None and tensor.is_floating_point() and not name.endswith(CONSTANTS)
+        return tensor.to(dtype) if halved else tensor
 
     metadata = {"format": FORMAT, "config": json.dumps(description, sort_keys=True)}
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save({name: stored(each) for name, each in tensors.items()}, metadata))
+        temporary.write_bytes(save({name: stored(name, each) for name, each in tensors.items()}, metadata))
 
 
 def read(path: str | Path, field: str = "checkpoint") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state dict, description) of a file. The description is {} where the file holds none.
+    """(state dict, description) of a file. The description is {} where the file holds none, and all but the backbone
+    for diffusion_distiller's.
 
     Raises UserError for a file that is missing, truncated, or of another kind.
     """
@@ -85,10 +111,16 @@ def read(path: str | Path, field: str = "checkpoint") -> tuple[dict[str, Tensor]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, json.loads(metadata.get("config", "{}"))
         if path.suffix in (".pth", ".pt"):
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors, description = torch.load(path, map_location="cpu", weights_only=True), {}
+            if isinstance(tensors, dict) and set(tensors) == {"G", "n_timesteps", "time_scale"}:
+                steps, scale, tensors = tensors["n_timesteps"], tensors["time_scale"], tensors["G"]
+                if type(steps) is not int or steps < 1 or type(scale) not in (int, float) or not 0 < scale < math.inf:
+                    raise UserError(f"{field}={str(path)!r}: n_timesteps={steps!r} and time_scale={scale!r} must be "
+                                    "positive numbers")
+                description = distiller_description(steps, scale)
             if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
                 raise UserError(f"{field}={str(path)!r}: not a state dict of tensors")
-            return tensors, {}
+            return dict(tensors), description
     except (SafetensorError, json.JSONDecodeError, RuntimeError, EOFError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise
@@ -126,6 +158,66 @@ def infer_uvit(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def infer_ddpm_unet(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The `backbone` section of a DDPMUNet's state dict, from its names and shapes.
+
+    The number of heads leaves no trace in the weights; the published model has 4. Nor has the dropout.
+    """
+    if not {"time.0.inv_freq", "down.0.weight", "mid.0.resblocks.conv1.weight", "out.2.weight"} <= set(tensors):
+        raise UserError("these weights are not a DDPMUNet's: time.0, down.0, mid.0 or out.2 is missing")
+    channel, stacked = tensors["down.0.weight"].shape[:2]
+    out_stacked = tensors["out.2.weight"].shape[0]
+    fold = math.isqrt(out_stacked // 3)  # images of 3 channels: a fold of n stacks 3 n^2
+    if fold < 1 or 3 * fold**2 != out_stacked or stacked % fold**2:
+        fold = 1
+    widths, attention = [[]], set()
+    for i in itertools.count(1):
+        if f"down.{i}.0.weight" in tensors:  # a downsampling: the next level begins
+            widths.append([])
+        elif f"down.{i}.resblocks.conv1.weight" in tensors:
+            widths[-1].append(tensors[f"down.{i}.resblocks.conv1.weight"].shape[0])
+            if f"down.{i}.attention.qkv.weight" in tensors:
+                attention.add(2 ** (len(widths) - 1))
+        else:
+            break
+    if not all(widths):
+        raise UserError("these weights are not a DDPMUNet's: a level has no block")
+    section = {
+        "name": "ddpm_unet", "in_channels": stacked // fold**2, "channel": channel,
+        "channel_multiplier": [level[0] // channel for level in widths], "n_res_blocks": len(widths[0]),
+        "attn_strides": sorted(attention), "attn_heads": 4,
+        "use_affine_time": "mid.0.resblocks.norm2.weight" not in tensors, "dropout": 0.0, "fold": fold,
+    }
+    if out_stacked != stacked:
+        section["out_channels"] = out_stacked // fold**2
+    if "label_emb.weight" in tensors:
+        section["num_classes"] = tensors["label_emb.weight"].shape[0]
+    return section
+
+
+def infer_backbone(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The `backbone` section of a state dict that comes without one."""
+    return infer_ddpm_unet(tensors) if "time.0.inv_freq" in tensors else infer_uvit(tensors)
+
+
+def distiller_description(n_timesteps: int, time_scale: float) -> dict[str, Any]:
+    """What diffusion_distiller's {"G": ..., "n_timesteps": N, "time_scale": s} says, all but the backbone and the size
+    of the images.
+
+    Its schedule is made anew for every N, its network is given s times the index of the step and outputs v, its images
+    are BGR, and its sampler is DDPM's over all N steps with x_0 clipped.
+    """
+    denoiser = {"prediction": "v", "time_input": "index"}
+    return {
+        "schedule": {"name": "squared_cosine", "steps": n_timesteps},
+        "denoiser": denoiser if time_scale == 1 else denoiser | {"time_scale": time_scale},
+        "cond": {"kind": "none", "num_classes": 0, "null_label": -1, "drop": 0.0},
+        "codec": {"name": "pixel", "order": "bgr"},
+        "sampler": {"name": "ddpm", "steps": n_timesteps, "grid": "trailing", "t_start": 1.0, "t_end": 0.0,
+                    "variance": "small", "threshold": "static", "threshold_value": 1.0},
+    }
+
+
 def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Strict load, in the network's own precision; the first difference is named in one line."""
     own = net.state_dict()
@@ -140,7 +232,8 @@ def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
 
 
 def load_backbone(path: str | Path, backbone: Mapping | None = None) -> nn.Module:
-    """A network in eval mode from our safetensors, a U-ViT `.pth`, or a diffusers folder of a UNet2DModel.
+    """A network in eval mode from our safetensors, a U-ViT `.pth`, diffusion_distiller's `checkpoint.pt`, or a
+    diffusers folder of a UNet2DModel.
 
     backbone: a `backbone` section to check against, or to use where the file does not describe itself.
     """
@@ -148,22 +241,56 @@ def load_backbone(path: str | Path, backbone: Mapping | None = None) -> nn.Modul
 
 
 def load_described(path: str | Path, backbone: Mapping | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """As `load_backbone`, with the file's description ({} for foreign files)."""
+    """As `load_backbone`, with the file's description ({} for U-ViT's and diffusers' files).
+
+    The code of a user's own model is `backbone`'s, whatever file the weights name.
+    """
     path = Path(path)
     if path.is_dir():
         return _load_diffusers(path), {}
     tensors, description = read(path)
-    section = description.get("backbone") or backbone or infer_uvit(tensors)
-    if backbone is not None and description.get("backbone"):
-        _same_architecture(path, description["backbone"], backbone)
+    own_model = backbone is not None and backbone["name"] == "factory"
+    held = description.get("backbone")
+    if held is None:
+        section = _foreign_section(tensors, description, backbone)
+    else:
+        if held["name"] == "factory" and not own_model:
+            raise UserError(f"checkpoint {path} holds a model of the user's own ({held.get('factory')}), and weights "
+                            "choose no code: use configs/own_model.py and name it by --config.backbone.factory")
+        if backbone is not None:
+            _same_architecture(path, held, backbone)
+        section = backbone if own_model else held
     net = build_backbone(section)
     load_weights(net, tensors, str(path))
+    if description:
+        description = description | {"backbone": dict(section)}
+        if held is None and own_model:
+            description.pop("codec")  # the order of the channels is that of the user's own images
     return net.eval(), description
+
+
+def _foreign_section(tensors: Mapping[str, Tensor], description: Mapping, wanted: Mapping | None) -> Mapping:
+    """The `backbone` section of a file that holds none: the config's, if there is one.
+
+    For diffusion_distiller's UNet the file wins; what leaves no trace in its weights is the config's.
+    """
+    if wanted is None:
+        return infer_backbone(tensors)
+    if not description or wanted["name"] != "ddpm_unet":
+        return wanted
+    with torch.device("meta"):
+        shapes = {name: each.shape for name, each in build_backbone(wanted).state_dict().items()}
+    if shapes == {name: each.shape for name, each in tensors.items()}:
+        return wanted
+    return infer_ddpm_unet(tensors) | {name: wanted[name] for name in ("attn_heads", "dropout") if name in wanted}
 
 
 def _same_architecture(path: Path, held: Mapping, wanted: Mapping) -> None:
     wanted = json.loads(json.dumps(dict(wanted)))  # tuples become lists, as in the file
-    fields = [name for name in sorted({*held, *wanted}) if held.get(name) != wanted.get(name)]
+    # A student's scale input comes by distillation, from a teacher without.
+    fields = [name for name in sorted({*held, *wanted} - {"guidance_embed"}) if held.get(name) != wanted.get(name)]
+    if held.get("name") == wanted.get("name") == "factory":
+        fields = [name for name in fields if name != "factory"]  # the file may have moved; the weights tell
     if fields:
         name = fields[0]
         raise UserError(f"checkpoint {path} is of another architecture: its backbone.{name} is "

@@ -49,6 +49,7 @@ class Command(NamedTuple):
     body: Body
     define_flags: DefineFlags
     takes_config: TakesConfig = "no"
+    positional: str | None = None  # the flag whose value an argument without dashes is
 
 
 def run(
@@ -63,7 +64,8 @@ def run(
     `define_flags(fv)` declares absl flags on a FlagValues of this call alone, so that a process can call any
     number of mains. `config` is the locked ConfigDict of --config with the --config.a.b=value overrides (None
     if not given), `flags` holds a value per flag and, as `overrides`, the paths of the fields that were
-    overridden. The help text is the docstring of the body's module.
+    overridden, as `chosen` these and what the config's methods set. The help text is the docstring of the body's
+    module.
 
     Returns the exit status: what the body returns, or 0; 2 after a user's mistake or an operating system's
     refusal (disk full, not writable) and 130 after Ctrl-C, both told in one line. Other exceptions are bugs.
@@ -129,7 +131,7 @@ def _run(command: Command, argv: list[str], doc: str | None) -> int:
         absl_flags.DEFINE_string("config", None, text, flag_values=fv)
     flags = SimpleNamespace()
     try:
-        overrides = _parse_flags(fv, [arg for arg in argv if not _is_help(arg)])
+        overrides = _parse_flags(fv, [arg for arg in argv if not _is_help(arg)], command.positional)
         config = _build_config(fv["config"].value if "config" in fv else None, overrides)
         if any(map(_is_help, argv)):
             print(_help(doc or "", fv, config))
@@ -138,6 +140,9 @@ def _run(command: Command, argv: list[str], doc: str | None) -> int:
             raise UserError(f"--config is missing; choose from {', '.join(config_files.known_files())}")
         flags = _checked_values(fv)
         flags.overrides = frozenset(path for path, _ in overrides)
+        flags.chosen = flags.overrides
+        if config is not None:
+            flags.chosen |= config_files.method_fields(fv["config"].value)
         return command.body(config, flags) or 0
     except UserError as error:
         _print_error(str(error))
@@ -156,12 +161,16 @@ def _run(command: Command, argv: list[str], doc: str | None) -> int:
         return 2
 
 
-def _parse_flags(fv: absl_flags.FlagValues, argv: list[str]) -> list[tuple[str, str]]:
+def _parse_flags(
+    fv: absl_flags.FlagValues, argv: list[str], positional: str | None = None
+) -> list[tuple[str, str]]:
     """Give the flags their values; return the (field path, text) pairs of --config.FIELD=VALUE."""
     overrides = []
     rest = list(argv)
     while rest:
         arg = rest.pop(0)
+        if positional and not arg.startswith("-") and fv[positional].value is None:
+            arg = f"--{positional}={arg}"
         if not arg.startswith("--"):
             raise UserError(f"{arg!r} is no flag; flags are written --name=value")
         name, has_value, text = arg[2:].partition("=")

@@ -26,20 +26,36 @@ class Codec(Protocol):
 
 
 class PixelCodec:
-    """Model space = pixels, scaled from 0 ... 255 to -1 ... 1. A decoded encoding is the image, exactly."""
+    """Model space = pixels, scaled from 0 ... 255 to -1 ... 1. A decoded encoding is the image, exactly.
+
+    order   rgb, or bgr for a model that learnt from images whose channels stood in that order; images are RGB always
+    """
 
     takes_noise = False
 
+    def __init__(self, order: str = "rgb"):
+        self.order = choose("codec.order", order, ("rgb", "bgr"))
+
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         assert images.dtype == torch.uint8, images.dtype
-        return images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # b c h w
+        return self._ordered(images.permute(0, 3, 1, 2)).contiguous().float() / 127.5 - 1  # b c h w
 
     def decode(self, x: Tensor) -> Tensor:
         levels = (x.float() * 127.5 + 127.5).round().clamp(0, 255)
-        return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()  # b h w c
+        return self._ordered(levels.to(torch.uint8)).permute(0, 2, 3, 1).contiguous()  # b h w c
 
     def latent_shape(self, image_size: int, channels: int) -> tuple[int, int, int]:
+        self._check(channels)
         return channels, image_size, image_size
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        """x (b, c, h, w) from one order of its channels to the other."""
+        self._check(x.shape[1])
+        return x.flip(1) if self.order == "bgr" else x
+
+    def _check(self, channels: int) -> None:
+        if self.order == "bgr" and channels != 3:
+            raise UserError(f"codec.order='bgr' needs 3 channels; data.channels={channels}")
 
 
 class KLCodec:

@@ -325,7 +325,8 @@ class Grid:
     def chain(self, cell: Cell) -> Chain:
         config = self.config(cell)
         device = cli.choose_device(config.compute.device)
-        return build.load_chain(config, cell.checkpoint or None, device, self.overrides(cell).keys())[0]
+        chosen = {*self.overrides(cell), *config_files.method_fields(cell.config_flag)}
+        return build.load_chain(config, cell.checkpoint or None, device, chosen)[0]
 
     def list(self) -> str:
         """A table of the planned cells and how far they are."""

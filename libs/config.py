@@ -40,10 +40,19 @@ def load(argument: str) -> ConfigDict:
     except UserError:
         raise
     except Exception as error:  # whatever a config file raises is a mistake in it, told in one line
-        raise UserError(f"--config={name}: {_describe(error, path)}") from error
+        raise UserError(f"--config={name}: {describe_error(error, path)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={name}: get_config() returns {type(config).__name__}, not a ConfigDict")
     return config.lock()
+
+
+def method_fields(argument: str) -> frozenset[str]:
+    """Paths of the fields that the methods of `PATH[:methods]` set; see `load`."""
+    name, _, methods = argument.partition(":")
+    if not methods:
+        return frozenset()
+    before, after = fields(load(name)), fields(load(argument))
+    return frozenset(path for path, value in after.items() if path not in before or before[path] != value)
 
 
 def override(config: ConfigDict, path: str, text: str) -> None:
@@ -170,7 +179,7 @@ def _find(name: str) -> Path:
     raise UserError(f"--config={name}: no such file; choose from {', '.join(known_files())}")
 
 
-def _describe(error: Exception, path: Path) -> str:
+def describe_error(error: Exception, path: Path) -> str:
     """What went wrong in the config file at `path`, and in which of its lines."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]

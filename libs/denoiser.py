@@ -1,4 +1,4 @@
-"""The one place that knows what a network predicts (eps, x_0, v, flow) and its own unit of time.
+"""The one place that knows what a network predicts (eps, x_0, v, flow, both) and its own unit of time.
 
     denoise(x_t, t, cond) -> Prediction(x_0, eps)
 
@@ -41,6 +41,7 @@ TARGETS = {
     "x_0": lambda x_0, eps, alpha, sigma: x_0,
     "v": lambda x_0, eps, alpha, sigma: alpha * eps - sigma * x_0,  # 2202.00512, appendix D
     "flow": lambda x_0, eps, alpha, sigma: eps - x_0,
+    "both": lambda x_0, eps, alpha, sigma: torch.cat([x_0, eps], dim=1),  # 2202.00512, section 4
 }
 
 # And back: Prediction from x_t and the output, for any pair (alpha, sigma).
@@ -51,7 +52,19 @@ PREDICTIONS = {
                                                    (sigma * x_t + alpha * out) / (alpha**2 + sigma**2)),
     "flow": lambda x_t, out, alpha, sigma: Prediction((x_t - sigma * out) / (alpha + sigma),
                                                       (x_t + alpha * out) / (alpha + sigma)),
+    "both": lambda x_t, out, alpha, sigma: _from_both(x_t, *out.chunk(2, dim=1), alpha, sigma),
 }
+
+
+def _from_both(x_t: Tensor, x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+    """Two estimates of x_0, one by way of eps, weighted by sigma^2 and alpha^2 (2202.00512, section 4): each is good
+    where the other is not. Variance preserving; elsewhere the weights are divided by their sum.
+    """
+    total = alpha**2 + sigma**2
+    # alpha^2 (x_t - sigma eps) / alpha has no quotient left, so that alpha near 0 amplifies nothing.
+    x_0 = (sigma**2 * x_0 + alpha * (x_t - sigma * eps)) / total
+    return Prediction(x_0, (x_t - alpha * x_0) / sigma)
+
 
 # The network's own unit of time, from t and the schedule.
 TIME_INPUTS = {
@@ -67,14 +80,15 @@ class Denoiser:
     """A network (or a policy around one) as `denoise(x_t, t, cond)`.
 
     net          `net(x, timesteps, y=None, context=None)`
-    prediction   what it outputs: eps, x_0, v or flow
+    prediction   what it outputs: eps, x_0, v, flow, or both (twice the channels: x_0, then eps)
     time_input   its unit of time: 999t, 1000t, step (1 to N), index (0 to N - 1) or logsnr
+    time_scale   factor on that time
     autocast     a context manager factory for mixed precision, or None
     """
 
     def __init__(self, net, schedule: Schedule, prediction: str = "eps", time_input: str = "999t",
-                 autocast: Callable | None = None):
-        self.net, self.schedule, self.autocast = net, schedule, autocast
+                 autocast: Callable | None = None, time_scale: float = 1.0):
+        self.net, self.schedule, self.autocast, self.time_scale = net, schedule, autocast, time_scale
         self._target = choose("denoiser.prediction", prediction, TARGETS)
         self._predict = PREDICTIONS[prediction]
         self._time_input = choose("denoiser.time_input", time_input, TIME_INPUTS)
@@ -85,7 +99,7 @@ class Denoiser:
 
     def time_input(self, t: Tensor) -> Tensor:
         """t in the network's unit, on the host."""
-        return self._time_input(t, self.schedule)
+        return self.time_scale * self._time_input(t, self.schedule)
 
     def output(self, x_t: Tensor, t: Tensor, cond: dict | None = None) -> Tensor:
         """The network's raw output (b, c, h, w), in x_t's precision."""
@@ -114,16 +128,16 @@ class Denoiser:
         return error.float().square().flatten(1).mean(dim=1)
 
 
-def guided(denoise: Denoise, cfg_scale: float, null: dict) -> Denoise:
-    """Classifier-free guidance uncond + w (cond - uncond) with w = cfg_scale (2207.12598).
+def guided(denoise: Denoise, cfg_scale: float | Tensor, null: dict) -> Denoise:
+    """Classifier-free guidance uncond + w (cond - uncond) with w = cfg_scale, one for all or (b,) (2207.12598).
 
     One call of 2b rows, the conditional rows first. `null` holds the unconditional `y` / `context`, (b, ...).
     """
     def denoise_guided(x_t: Tensor, t: Tensor, cond: dict) -> Prediction:
         both = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
         pair = denoise(torch.cat([x_t, x_t]), t if t.dim() == 0 else torch.cat([t, t]), both)
-        return Prediction(*(uncond + cfg_scale * (cond - uncond)
-                            for cond, uncond in (each.chunk(2) for each in pair)))
+        w = rows(cfg_scale, x_t) if isinstance(cfg_scale, Tensor) else cfg_scale
+        return Prediction(*(uncond + w * (cond - uncond) for cond, uncond in (each.chunk(2) for each in pair)))
 
     return denoise_guided
 

@@ -28,6 +28,7 @@ class Chain:
     null_label    the class that means no class, None for an unconditional network
     num_classes   labels go from 0 to num_classes - 1
     cfg_scale     w of uncond + w (cond - uncond); 1 is no guidance
+    takes_scale   the network takes w as an input and is called once, for no pair
     threshold     None, or (`static`, value) or (`dynamic`, quantile)
     rows          images in one call of the network (twice the rows under guidance)
     """
@@ -42,6 +43,7 @@ class Chain:
     null_label: int | None = None
     num_classes: int = 0
     cfg_scale: float = 1.0
+    takes_scale: bool = False
     threshold: tuple[str, float] | None = None
     rows: int = 16
     times: Tensor = field(init=False)
@@ -64,12 +66,15 @@ class Chain:
         cond = None
         if labels is not None:
             cond = {"y": torch.tensor([*labels, *[labels[-1]] * (self.rows - count)], device=self.device)}
-            if self.cfg_scale != 1:
-                denoise = guided(denoise, self.cfg_scale, {"y": torch.full_like(cond["y"], self.null_label)})
+        pair = cond is not None and self.cfg_scale != 1 and not self.takes_scale
+        if pair:
+            denoise = guided(denoise, self.cfg_scale, {"y": torch.full_like(cond["y"], self.null_label)})
+        if self.takes_scale:
+            w = torch.full((self.rows,), self.cfg_scale, dtype=torch.float32, device=self.device)
+            cond = {**(cond or {}), "guidance": w}
         if self.threshold is not None:
             denoise = thresholded(denoise, self.denoiser.schedule, *self.threshold)
-        guidance_rows = 2 if cond is not None and self.cfg_scale != 1 else 1
-        self.policy.start(self.denoiser.time_input(self.times), rows_per_image=guidance_rows)
+        self.policy.start(self.denoiser.time_input(self.times), rows_per_image=2 if pair else 1)
 
         x_T = normal(keys, 0, self.shape, Stream.START)
         after_step = self.policy.after_step(x_T)

@@ -31,14 +31,52 @@ def dpm_solver_pp(config: ConfigDict) -> None:
                           threshold_value=1.0)
 
 
+def clipped(config: ConfigDict) -> None:
+    """diffusion_distiller's clipped sampler: DDIM with x_0 and eps clipped at +-clipping_value."""
+    config.sampler.update(name="clipped", threshold="none")
+    config.sampler.clipping_value = 1.2
+
+
 def progressive(config: ConfigDict) -> None:
-    """One halving of progressive distillation with the paper's optimization on CIFAR-10 (2202.00512, appendix)."""
+    """Progressive distillation as the paper does it, with its optimization on CIFAR-10 (2202.00512, appendix).
+
+    One halving, unless two of start_steps, end_steps and stages are given. The fields of the train section are a
+    stage's.
+    """
     config.distill = ConfigDict({
         "name": "progressive",
-        "steps": config.sampler.steps // 2,  # of the student; its teacher makes twice as many
-        "weighting": "snr_trunc",  # of the squared error of x_0: const, snr, snr_trunc, snr+1
+        "start_steps": 0,  # of the first teacher; 0: the number it was distilled to, else sampler.steps
+        "end_steps": 0,  # of the last student; 0: by `stages`
+        "stages": 0,  # halvings; 0: from start_steps to end_steps, else 1
+        "updates": (),  # of each stage, or one number for all; () is train.steps, twice that for 2 steps and 1
+        "lr": (),  # likewise; () is train.lr
+        "ema": (),  # likewise; () is train.ema
+        "target": "ddim2",  # where two DDIM steps of the teacher end; x2 is the teacher's second estimate
+        "weighting": "snr_trunc",  # of the squared error of x_0: const, snr, snr_trunc, snr+1, gamma
+        "gamma": 0.0,  # exponent of the weighting gamma
+        "prediction": "",  # of the students: v, x_0, eps, both; "" is the teacher's, but v for one of eps
+        "convert_updates": 10_000,  # of stage 0, which trains such a teacher on to that prediction
+        "convert_lr": 2e-4,
+        "convert_ema": 0.999,
+        "clip_teacher": False,  # the teacher's x_0 to -1 ... 1
+        "time_label": "exact",  # the teacher's own times; legacy: diffusion_distiller's, which fall behind
+        "sampler": "ddim",  # by which students sample; ddpm is diffusion_distiller's
+        "cfg_scale": 1.0,  # of the first teacher's guidance, taken over by students that need none
+        "cfg_range": (),  # lowest and highest scale: an input of the students, which need one call a step
+        "report_images": 0,  # images by which each student, and in the end the model itself, is measured; 0 is none
     })
     config.train.update(steps=50_000, lr=5e-5, warmup=0, decay_from=0.0, weight_decay=0.0, clip_norm=1.0, ema=0.0)
+
+
+def hramchenko(config: ConfigDict) -> None:
+    """Progressive distillation as diffusion_distiller does it: other target, labels, clipping, sampler.
+
+    Its lengths are in images, 5,000 a halving in batches of 3.
+    """
+    progressive(config)
+    config.distill.update(target="x2", weighting="gamma", time_label="legacy", clip_teacher=True, sampler="ddpm")
+    config.train.update(steps=1667, batch_size=3, lr=1.5e-5, betas=(0.9, 0.999), weight_decay=0.01, clip_norm=0.0,
+                        ema=0.999)
 
 
 def clockwork(config: ConfigDict) -> None:
@@ -92,10 +130,11 @@ def encoder_propagation(config: ConfigDict) -> None:
     })
 
 
-METHODS: dict[str, Method] = {"full": full, "dpm_solver": dpm_solver, "dpm_solver_pp": dpm_solver_pp,
-                              "progressive": progressive, "clockwork": clockwork,
-                              "clockwork_adaptor": clockwork_adaptor,
-                              "encoder_propagation": encoder_propagation}
+METHODS: dict[str, Method] = {
+    "full": full, "dpm_solver": dpm_solver, "dpm_solver_pp": dpm_solver_pp, "clipped": clipped,
+    "progressive": progressive, "hramchenko": hramchenko, "clockwork": clockwork,
+    "clockwork_adaptor": clockwork_adaptor, "encoder_propagation": encoder_propagation,
+}
 
 
 def apply_methods(config: ConfigDict, methods: str, table: Mapping[str, Method]) -> None:

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     TRAIN_DROP = 5  # label dropout
     DATA_ORDER = 6
     ENCODE = 7  # sampling of an autoencoder's latents
+    TRAIN_GUIDANCE = 8  # scale of a guided teacher
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,3 +45,16 @@ def test_make_codec_by_name():
     assert isinstance(make_codec({"name": "pixel"}), PixelCodec)
     with pytest.raises(UserError, match="codec.name='pixels' is unknown; choose from pixel"):
         make_codec({"name": "pixels"})
+
+
+def test_bgr_is_the_order_of_the_model_alone():
+    images = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8)
+    codec = make_codec({"name": "pixel", "order": "bgr"})
+    x = codec.encode(images)
+    assert torch.equal(x, PixelCodec().encode(images)[:, [2, 1, 0]])
+    assert x.is_contiguous()
+    assert torch.equal(codec.decode(x), images)
+    with pytest.raises(UserError, match="codec.order='bgr' needs 3 channels; data.channels=1"):
+        codec.latent_shape(8, 1)
+    with pytest.raises(UserError, match="codec.order='grb' is unknown; choose from rgb, bgr"):
+        make_codec({"name": "pixel", "order": "grb"})

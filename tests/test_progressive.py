@@ -1,23 +1,16 @@
 """Progressive distillation: one step of the student is two of the teacher's, exactly."""
 
-import json
+import dataclasses
 
 import pytest
 import torch
 
-import distillate
-import train
-from libs import config as config_files
-from libs.build import adopt_sampler
-from libs.checkpoint import load_described
-from libs.denoiser import Denoiser, Prediction
-from libs.distillation import WEIGHTINGS, Halving, student_sampler, two_step_target
-from libs.distillation.progressive import refuse_other_steps
+from libs.denoiser import PREDICTIONS, TARGETS, Denoiser, Prediction, guided
+from libs.distillation import WEIGHTINGS, Guidance, Halving, second_estimate, student_sampler, two_step_target
 from libs.errors import UserError
 from libs.samplers.ddim import ddim
 from libs.schedule import make_schedule, time_grid
 from libs.training.batches import Batch
-from libs.training.state import Checkpoints
 
 SCHEDULES = [{"name": "vp_linear"}, {"name": "cosine"}, {"name": "squared_cosine", "steps": 1024},
              {"name": "flow_matching"}]
@@ -68,6 +61,32 @@ def test_target_is_the_papers_quotient():
     torch.testing.assert_close(two_step_target(teacher, schedule, z, ts), quotient)
     x_2 = teacher(ddim(teacher, z, ts[:2], schedule), ts[1]).x_0
     assert (quotient - x_2).abs().max() > 0.01  # the teacher's second estimate is another target
+
+
+def last_std(steps, target):
+    """Standard deviation of what a student of `steps` steps draws from Gaussian data, perfect in its target."""
+    schedule = make_schedule("cosine")
+    teacher = gaussian_denoiser(schedule)
+    ts = time_grid("uniform", 2 * steps, schedule)
+    x = torch.ones(1, 1, dtype=torch.float64)
+    for i in range(0, 2 * steps, 2):
+        x_0 = target(teacher, schedule, x, ts[i:i + 3][:, None])
+        eps = (x - schedule.alpha(ts[i]) * x_0) / schedule.sigma(ts[i])
+        x = schedule.alpha(ts[i + 2]) * x_0 + schedule.sigma(ts[i + 2]) * eps if ts[i + 2] else x_0
+    return float(x)
+
+
+@pytest.mark.parametrize(("steps", "exact", "second"), [(8, 0.4539, 0.4729), (4, 0.4114, 0.4306)])
+def test_the_second_estimate_misses_by_the_known_amount(steps, exact, second):
+    # The data have 0.5; what a teacher of twice the steps draws, its student must draw too.
+    schedule = make_schedule("cosine")
+    ts = time_grid("uniform", 2 * steps, schedule)
+    teacher = gaussian_denoiser(schedule)
+    last = ddim(teacher, torch.ones(1, 1, dtype=torch.float64), ts[:-1], schedule)
+    taught = teacher(last, ts[-2]).x_0
+    assert last_std(steps, two_step_target) == pytest.approx(float(taught), abs=1e-10)
+    assert float(taught) == pytest.approx(exact, abs=5e-5)
+    assert last_std(steps, second_estimate) == pytest.approx(second, abs=5e-5)
 
 
 def test_target_is_stable_in_float32():
@@ -168,19 +187,122 @@ def test_weightings():
         torch.testing.assert_close(losses[name].detach(), expected, rtol=1e-3, atol=1e-6)
 
 
+def test_distillers_loss():
+    """Target, labels, clipping and weight of diffusion_distiller, written down from its formulas."""
+    steps, gamma, batch = 8, 0.3, batch_of()
+    batch = dataclasses.replace(batch, x_0=2 * batch.x_0, cond={})  # far enough out that estimates are clipped
+    taught, own = (make_schedule("squared_cosine", steps=count) for count in (2 * steps, steps))
+    teacher = Denoiser(Linear(0.3), taught, "v", "index", time_scale=64)
+    student = Denoiser(Linear(0.2), own, "v", "index", time_scale=128)
+    halving = Halving(teacher, steps, "gamma", gamma, "x2", clip_teacher=True)
+    i = torch.arange(64) % steps
+    losses = halving.loss_at(i, student, batch)
+
+    def amplitudes(schedule, index):
+        t = (index + 1).double() / schedule.steps
+        return (each.float().view(-1, 1, 1, 1) for each in (schedule.alpha(t), schedule.sigma(t)))
+
+    (alpha, sigma), (alpha_1, sigma_1), (alpha_s, sigma_s) = (
+        amplitudes(taught, 2 * i + 1), amplitudes(taught, 2 * i), amplitudes(own, i))
+    z = alpha * batch.x_0 + sigma * batch.noise()
+    rec = (alpha * z - sigma * 0.3 * z).clamp(-1, 1)
+    assert (rec.abs() == 1).any()
+    z_1 = alpha_1 * rec + sigma_1 / sigma * (z - alpha * rec)
+    x_2 = (alpha_1 * z_1 - sigma_1 * 0.3 * z_1).clamp(-1, 1)
+    v_2 = alpha_s * (z - alpha_s * x_2) / sigma_s - sigma_s * x_2
+    w = (1 + alpha_s / sigma_s) ** gamma
+    expected = (w * (0.2 * z - v_2)).square().flatten(1).mean(1)
+    torch.testing.assert_close(losses.detach(), expected, rtol=1e-3, atol=1e-6)
+    (labels, _, _), = student.net.seen
+    assert torch.equal(labels, 128.0 * i)
+    first, second = (seen[0] for seen in teacher.net.seen)
+    assert torch.equal(first, 64.0 * (2 * i + 1))
+    assert torch.equal(second, 64.0 * 2 * i)
+    assert (first - labels == 64).all()  # the student starts with labels that are behind its teacher's
+
+
+def test_both_predictions_are_one():
+    """A network that is right in x_0 and in eps is right in their mean; one wrong answer counts where it is weak."""
+    schedule = make_schedule("cosine")
+    t = torch.tensor([0.02, 0.5, 0.98], dtype=torch.float64)
+    alpha, sigma = (each.view(-1, 1, 1, 1) for each in (schedule.alpha(t), schedule.sigma(t)))
+    x_0, eps = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
+    x_t = alpha * x_0 + sigma * eps
+    out = TARGETS["both"](x_0, eps, alpha, sigma)
+    assert out.shape == (3, 2, 4, 4)
+    prediction = PREDICTIONS["both"](x_t, out, alpha, sigma)
+    torch.testing.assert_close(prediction.x_0, x_0)
+    torch.testing.assert_close(prediction.eps, eps)
+    wrong_x_0 = PREDICTIONS["both"](x_t, torch.cat([x_0 + 1, eps], 1), alpha, sigma).x_0 - x_0
+    torch.testing.assert_close(wrong_x_0, (sigma**2).expand_as(x_0))
+    wrong_eps = PREDICTIONS["both"](x_t, torch.cat([x_0, eps + 1], 1), alpha, sigma).x_0 - x_0
+    torch.testing.assert_close(wrong_eps, (-alpha * sigma).expand_as(x_0))
+
+
+class Labelled(torch.nn.Module):
+    """Answers with its label; a network with `scales` adds the guidance that it is given."""
+
+    def __init__(self, scales=False):
+        super().__init__()
+        self.scales, self.seen = scales, []
+
+    def forward(self, x, timesteps, y, guidance=None):
+        assert (guidance is not None) == self.scales
+        self.seen.append((y, guidance))
+        out = torch.sin(x) * (1 + y.float()).view(-1, 1, 1, 1)
+        return out + guidance.view(-1, 1, 1, 1) if self.scales else out
+
+
+def guided_halving(guidance, scales=False):
+    schedule = make_schedule("squared_cosine", steps=1024)
+    return Halving(Denoiser(Labelled(scales), schedule, "v", "index"), 8, guidance=guidance)
+
+
+def test_guided_teacher():
+    batch, i = batch_of(8), torch.arange(8)
+    batch = dataclasses.replace(batch, cond={"y": torch.arange(8) % 3})
+    fixed = guided_halving(Guidance(2.5, 2.5, null_label=10, as_input=False))
+    student = Denoiser(Labelled(), fixed.teacher.schedule, "v", "index")
+    losses = fixed.loss_at(i, student, batch)
+    pairs = [y.tolist() for y, _ in fixed.teacher.net.seen]
+    assert pairs == [[*batch.cond["y"].tolist(), *[10] * 8]] * 2  # both teacher steps are guided
+    ts = fixed.ts[torch.stack([2 * i + 2, 2 * i + 1, 2 * i])]
+    z = student.diffuse(batch.x_0, batch.noise(), ts[0])
+    teacher = guided(fixed.teacher, 2.5, {"y": torch.full((8,), 10)})
+    target = two_step_target(teacher, student.schedule, z, ts, batch.cond)
+    expected = (student(z, ts[0], batch.cond).x_0 - target).square().flatten(1).mean(1)
+    torch.testing.assert_close(losses, expected * student.schedule.logsnr(ts[0]).exp().clamp(min=1).float())
+
+
+def test_scale_as_an_input():
+    batch, i = batch_of(64), torch.arange(64) % 8
+    first = guided_halving(Guidance(1.0, 4.0, null_label=70, as_input=True))
+    student = Denoiser(Labelled(scales=True), first.teacher.schedule, "v", "index")
+    losses = first.loss_at(i, student, batch)
+    (_, w), = student.net.seen
+    assert (w.dtype, w.shape) == (torch.float32, (64,))
+    assert 1 <= w.min() < 1.5 < 3.5 < w.max() <= 4
+    # one image at a time, each with its own scale, gives the same
+    for k in (0, 5, 63):
+        alone = guided_halving(Guidance(float(w[k]), float(w[k]), null_label=70, as_input=True))
+        one = Batch(batch.x_0[k:k + 1], {"y": batch.cond["y"][k:k + 1]}, batch.positions[k:k + 1], seed=0, step=0)
+        torch.testing.assert_close(alone.loss_at(i[k:k + 1], student, one)[0], losses[k])
+    # the next teacher takes the scale as its student does, in one row an image
+    later = guided_halving(Guidance(1.0, 4.0, null_label=None, as_input=True), scales=True)
+    later.loss_at(i, student, batch)
+    assert all(torch.equal(given, w) and len(y) == 64 for y, given in later.teacher.net.seen)
+
+
 def test_mistakes():
     with pytest.raises(UserError, match="distill.weighting='snr2' is unknown; choose from const, snr, snr_trunc, snr"):
         halving_of(8, "snr2")
-    with pytest.raises(UserError, match="distill.steps=0 must be at least 1"):
-        halving_of(0)
-    with pytest.raises(UserError, match="distill.steps=513: its teacher would make 1026 steps, the schedule has 1024"):
+    with pytest.raises(UserError, match="distill.start_steps=1026: the teacher's schedule has 1024 steps"):
         halving_of(513)
     halving_of(513, name="vp_linear")
-    refuse_other_steps({}, 8)
-    refuse_other_steps({"sampler": {"steps": 16}}, 8)
-    for held in (8, 15, 32):
-        with pytest.raises(UserError, match=f"distill.steps=8: the teacher was itself distilled, to {held} steps"):
-            refuse_other_steps({"sampler": {"steps": held}}, 8)
+    with pytest.raises(UserError, match="distill.target='x3' is unknown; choose from ddim2, x2"):
+        Halving(halving_of(8)[0].teacher, 8, target="x3")
+    with pytest.raises(UserError, match="distill.sampler='euler_sde' is unknown; choose from ddim, ddpm"):
+        student_sampler(8, make_schedule("cosine"), "euler_sde")
 
 
 def test_student_samples_on_its_training_times():
@@ -189,94 +311,3 @@ def test_student_samples_on_its_training_times():
         sampler = student_sampler(8, schedule)
         ts = time_grid(sampler["grid"], sampler["steps"], schedule, sampler["t_start"], sampler["t_end"])
         torch.testing.assert_close(ts, torch.arange(8, -1, -1, dtype=torch.float64) / 8)
-
-
-# distillate.py
-
-TINY = ("--config.compute.device=cpu", "--config.compute.rows=4", "--config.backbone.patch_size=4",
-        "--config.backbone.embed_dim=16", "--config.backbone.depth=2", "--config.backbone.num_heads=2",
-        "--config.train.steps=6", "--config.train.batch_size=8", "--config.train.log_every=1",
-        "--config.train.save_every=2", "--config.train.preview_every=0")
-PLAIN, STUDENT = "--config=configs/digits_uvit.py", "--config=configs/digits_uvit.py:progressive"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Networks this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("teacher")
-    assert train.main([PLAIN, *TINY, f"--workdir={workdir}"]) == 0
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def student(teacher, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("student")
-    argv = [STUDENT, *TINY, "--config.distill.steps=4", f"--checkpoint={teacher}", f"--workdir={workdir}"]
-    assert distillate.main(argv) == 0
-    return workdir
-
-
-def test_student_knows_its_sampler(teacher, student):
-    weights = Checkpoints(student / "ckpts").path(6) / "backbone_ema.safetensors"
-    net, description = load_described(weights)
-    _, taught = load_described(Checkpoints(teacher / "ckpts").path(6) / "backbone_ema.safetensors")
-    assert description["sampler"] == {"name": "ddim", "steps": 4, "grid": "trailing", "eta": 0.0, "t_start": 1.0,
-                                      "t_end": 0.0}
-    assert all(description[name] == taught[name] for name in ("backbone", "schedule", "denoiser", "cond", "codec"))
-    assert net(torch.zeros(1, 1, 8, 8), torch.zeros(1), y=torch.zeros(1, dtype=torch.int64)).shape == (1, 1, 8, 8)
-    config = config_files.load("configs/digits_uvit.py")
-    adopt_sampler(config, description)
-    assert (config.sampler.name, config.sampler.steps, config.sampler.grid) == ("ddim", 4, "trailing")
-    held = json.loads((student / "config.json").read_text())
-    assert (held["start"], held["distill"]["steps"]) == (str(teacher), 4)
-
-
-def test_student_starts_from_its_teacher(teacher, tmp_path, run_main):
-    argv = [STUDENT, *TINY, "--config.distill.steps=4", f"--checkpoint={teacher}", f"--workdir={tmp_path}",
-            "--config.train.steps=1", "--config.train.lr=1e-12"]
-    assert run_main(distillate.main, *argv).status == 0
-    taught, learnt = (Checkpoints(folder / "ckpts").load(step) for folder, step in ((teacher, 6), (tmp_path, 1)))
-    for name, tensor in taught.ema.items():
-        torch.testing.assert_close(learnt.weights[name], tensor, atol=1e-9, rtol=0)
-
-
-def test_killed_distillation_goes_on_bit_for_bit(teacher, student, tmp_path, run_main, monkeypatch):
-    argv = [STUDENT, *TINY, "--config.distill.steps=4", f"--checkpoint={teacher}", f"--workdir={tmp_path}"]
-    with monkeypatch.context() as patch:
-        def loss(self, learner, batch):
-            if batch.step == 5:
-                raise KeyboardInterrupt
-            return plain(self, learner, batch)
-
-        plain = Halving.__call__
-        patch.setattr(Halving, "__call__", loss)
-        assert run_main(distillate.main, *argv).status == 130
-    ran = run_main(distillate.main, *argv)
-    assert ran.status == 0
-    assert "going on from step 4" in ran.stderr
-    one, other = (Checkpoints(folder / "ckpts").load(6) for folder in (student, tmp_path))
-    assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
-    for index, held in one.state["optimizer"].items():
-        assert all(torch.equal(held[name], other.state["optimizer"][index][name]) for name in held)
-    assert "is finished: 6 steps" in run_main(distillate.main, *argv).stderr
-
-
-def test_student_becomes_a_teacher_of_half_its_steps(student, tmp_path, run_main):
-    argv = [STUDENT, *TINY, f"--checkpoint={student}", f"--workdir={tmp_path}", "--config.train.steps=1"]
-    ran = run_main(distillate.main, *argv, "--config.distill.steps=3")
-    assert (ran.status, ran.stderr) == (2, "error: --config.distill.steps=3: the teacher was itself distilled, to 4 "
-                                           "steps; a halving makes 2 of them\n")
-    assert run_main(distillate.main, *argv, "--config.distill.steps=2").status == 0
-
-
-def test_config_without_distillation(tmp_path, run_main):
-    ran = run_main(distillate.main, PLAIN, f"--workdir={tmp_path}")
-    assert (ran.status, ran.stderr) == (2, f"error: {PLAIN} names no distillation; write {STUDENT}\n")

@@ -93,6 +93,24 @@ def test_labels_change_the_image_and_guidance_acts(config, tmp_path, run_main):
     assert not np.array_equal(images[1], images[2])
 
 
+def test_captures(config, tmp_path, run_main):
+    """montage.png beside the grid, even where no image is missing; its last row is the images themselves."""
+    command = [f"--config={config}", "--seeds=0-17", "--labels=2,0", f"--out={tmp_path / 'out'}",
+               "--config.sampler.threshold=static"]
+    assert run_main(sample.main, *command).status == 0
+    assert not (tmp_path / "out" / "montage.png").exists()
+    ran = run_main(sample.main, *command, "--captures=3")
+    assert ran.status == 0, ran.stderr
+    picture = np.asarray(Image.open(tmp_path / "out" / "montage.png"))
+    cells, cell = picture[:, -(4 + 16 * 68):], np.ones((8, 8, 1), np.uint8)
+    assert len(picture) == 4 + 3 * 68
+    for seed in range(16):
+        shown = [cells[4 + row * 68:68 + row * 68, 4 + seed * 68:68 + seed * 68] for row in range(3)]
+        assert np.array_equal(shown[2], np.kron(png(tmp_path / "out", seed), cell))
+        assert not np.array_equal(shown[1], shown[2])
+        assert shown[0].std() > 40  # noise
+
+
 def test_two_processes(config, tmp_path):
     """Plain python as a command; two processes of accelerate: within one level of 255."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -121,6 +139,9 @@ BAD = [
     (["--config.compute.precision=fp8"], "compute.precision='fp8' is unknown; choose from fp32, bf16, fp16"),
     (["--config.compute.device=tpu"], "compute.device='tpu' is not available here"),
     (["--config.policy.name=clock"], "policy.name='clock' is unknown; choose from full"),
+    (["--captures=1"], "--captures=1 must be 2 (noise and image) to 4 (all states of this sampler)"),
+    (["--captures=5"], "--captures=5 must be 2"),
+    (["--captures=2", "--out=few.npz"], "--captures=2 writes a picture into a folder, --out=few.npz is none"),
     (["--out=/proc/nothing"], "--out=/proc/nothing: cannot write there"),
 ]
 

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from libs.denoiser import Prediction, rows
+from libs.denoiser import Denoiser, Prediction, rows
 from libs.errors import UserError
-from libs.samplers import SAMPLERS, evaluation_times, grid_orders, make_sampler
+from libs.samplers import SAMPLERS, evaluation_times, grid_orders, make_sampler, state_times
+from libs.samplers.after_step import watched
 from libs.samplers.ddim import ddim, ddpm
 from libs.samplers.dpm_solver import singlestep_orders
 from libs.schedule import make_schedule, time_grid
@@ -73,7 +74,7 @@ def test_onto_clean_data_with_the_right_moments(sampler):
     x = torch.randn(b, generator=generator, dtype=torch.float64)
     ts = time_grid("uniform", 200, schedule)
     noise = lambda k: torch.randn(b, generator=generator, dtype=torch.float64)  # noqa: E731
-    out = make_sampler(sampler, order=2)(gaussian(schedule), x, ts, schedule, noise=noise)
+    out = make_sampler(sampler, order=2, clipping_value=math.inf)(gaussian(schedule), x, ts, schedule, noise=noise)
     assert abs(out.mean() - MEAN) < 0.02
     assert abs(out.std() - STD) < 0.02
 
@@ -90,6 +91,41 @@ def test_evaluation_times_are_the_times_of_the_calls(sampler):
 
     function(denoise, torch.zeros(2, 3), ts, schedule, noise=lambda k: torch.zeros(2, 3))
     assert evaluation_times(function, ts, schedule).tolist() == seen == ts[:-1].tolist()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_state_times_are_the_times_of_the_states(sampler):
+    """Of every sampler the watch sees x_T, all states in between and, as the last one, what is returned."""
+    schedule, seen = make_schedule("vp_linear"), []
+    ts = time_grid("uniform", 8, schedule)
+    function, x = make_sampler(sampler, order=3, eta=0.5), torch.randn(2, 3)
+    call = {"schedule": schedule, "noise": lambda k: torch.ones(2, 3)}
+    out = watched(function, lambda x_t, t: seen.append((x_t, float(t))))(gaussian(schedule), x, ts, **call)
+    assert torch.equal(out, function(gaussian(schedule), x, ts, **call))
+    assert torch.equal(seen[0][0], x)
+    assert torch.equal(seen[-1][0], out)
+    times = state_times(function, ts, schedule).tolist()
+    assert times == [t for _, t in seen]
+    orders = grid_orders(sampler, 8, 3) or [1] * 8
+    assert times == [float(ts[sum(orders[:i])]) for i in range(len(orders) + 1)]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "clipped"])
+def test_skipping_steps_keeps_the_labels_of_the_base_model(sampler):
+    """A base model of 1,024 steps run with 16 of them is called at the noise levels it was trained on, each with its
+    own index. (diffusion_distiller's sample.py --time_scale=64 labels these steps 0, 64, ..., 960: 63 too low.)
+    """
+    schedule, calls = make_schedule("squared_cosine", steps=1024), []
+
+    def net(x, timesteps):
+        calls.append((len(timesteps), float(timesteps.unique())))
+        return x
+
+    denoiser = Denoiser(net, schedule, prediction="v", time_input="index")
+    ts = time_grid("trailing", 16, schedule)
+    SAMPLERS[sampler](denoiser, torch.randn(2, 1, 4, 4), ts, schedule, noise=lambda k: torch.randn(2, 1, 4, 4))
+    assert calls == [(2, float(n)) for n in range(1023, 0, -64)]
+    assert calls[-1] == (2, 63.0)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -137,6 +173,9 @@ def test_make_sampler_refuses():
         make_sampler("plms")
     with pytest.raises(UserError, match="sampler.order=4 is unknown; choose from 1, 2, 3"):
         make_sampler("dpm_solver", order=4)
+    for value in (0.0, -1.2, math.nan):
+        with pytest.raises(UserError, match=f"sampler.clipping_value={value} must be above 0"):
+            make_sampler("clipped", clipping_value=value)
 
 
 # --- against diffusers' schedulers on the same grid -------------------------------------------------------

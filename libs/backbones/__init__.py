@@ -1,7 +1,10 @@
 """Networks: `net(x, timesteps, y=None, context=None) -> out`, out shaped like x (b, c, h, w)."""
 
+from collections.abc import Callable
+
 from torch import nn
 
+from .ddpm_unet import DDPMUNet
 from .uvit import UViT
 
 
@@ -15,7 +18,18 @@ def unet2d_class() -> type[nn.Module]:
     return UNet2D
 
 
-BACKBONES = {"uvit": uvit_class, "unet2d": unet2d_class}  # name -> a function that gives the class
+def ddpm_unet_class() -> type[nn.Module]:
+    return DDPMUNet
+
+
+def factory_function() -> Callable[[str], nn.Module]:
+    from ..factory import make_network
+
+    return make_network
+
+
+# name -> a function that gives the class, or a function in its place
+BACKBONES = {"uvit": uvit_class, "unet2d": unet2d_class, "ddpm_unet": ddpm_unet_class, "factory": factory_function}
 
 
 def __getattr__(name: str):

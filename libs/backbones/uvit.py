@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import choose_attention, sdpa_attention
 
+GUIDANCE_UNIT = 10.0  # sinusoids see 10 w: a change of w by a tenth shows, one by a thousandth hardly
+
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Sinusoids of `timesteps` (b,): (b, dim), cosines first, in float32."""
@@ -20,6 +22,28 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) / half * k)[None]
     embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
     return torch.cat([embedding, torch.zeros_like(embedding[:, :1])], dim=-1) if dim % 2 else embedding
+
+
+class GuidanceEmbedding(nn.Module):
+    """An MLP on sinusoids of the guidance scale w, for a network that takes w beside the time (2210.03142, section
+    3.1). Its last layer starts at zero, so that a trained network which is given one computes what it did.
+
+    dim, hidden, out   numbers of sinusoids, of hidden units, and the width of the result
+    """
+
+    def __init__(self, dim: int, hidden: int, out: int):
+        super().__init__()
+        self.dim = dim
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.SiLU()
+        self.fc2 = nn.Linear(hidden, out)
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+
+    def forward(self, w: Tensor | None, x: Tensor) -> Tensor:
+        """(b, out) from w (b,); where it is None, every row of x (b, ...) gets w = 1, which is no guidance."""
+        w = torch.ones(x.shape[:1], device=x.device) if w is None else w
+        return self.fc2(self.act(self.fc1(timestep_embedding(GUIDANCE_UNIT * w, self.dim).to(self.fc1.weight.dtype))))
 
 
 class Attention(nn.Module):
@@ -97,10 +121,13 @@ class UViT(nn.Module):
         clip_dim, num_clip_token         width and number of text tokens; None and 0 for none
         use_checkpoint                   recompute blocks in the backward pass
         attention                        sdpa, xformers or plain
+    and, in no published model,
+        guidance_embed                   the guidance scale is an input
 
-    `net(x, timesteps, y=None, context=None)`: x (b, c, h, w), timesteps (b,) in the unit the network was
-    trained on (a `Denoiser` knows it), y (b,) int64 labels, context (b, tokens, clip_dim); returns
-    (b, c, h, w). Tokens stand in the order [label, time, text, patches].
+    `net(x, timesteps, y=None, context=None, guidance=None)`: x (b, c, h, w), timesteps (b,) in the unit the
+    network was trained on (a `Denoiser` knows it), y (b,) int64 labels, context (b, tokens, clip_dim),
+    guidance (b,) the scales w of `guidance_embed` (None is 1); returns (b, c, h, w). Tokens stand in the order
+    [label, time, text, patches].
 
     A policy may walk the sub-passes itself: `embed`, then `in_blocks`, `mid_block`, `out_blocks`
     (or `block_list()`), then `head`.
@@ -110,7 +137,7 @@ class UViT(nn.Module):
                  depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, qkv_bias: bool = False,
                  mlp_time_embed: bool = False, num_classes: int = -1, conv: bool = True, skip: bool = True,
                  clip_dim: int | None = None, num_clip_token: int = 0, use_checkpoint: bool = False,
-                 attention: str = "sdpa"):
+                 attention: str = "sdpa", guidance_embed: bool = False):
         super().__init__()
         for name, whole, part in (("img_size", img_size, patch_size), ("embed_dim", embed_dim, num_heads),
                                   ("depth", depth, 2)):
@@ -149,6 +176,9 @@ class UViT(nn.Module):
             function = choose_attention(attention)
             for each in self.block_list():
                 each.attn.attention_function = function
+        self.guidance_embedding = None
+        if guidance_embed:
+            self.add_guidance_input()
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -158,15 +188,24 @@ class UViT(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def add_guidance_input(self) -> None:
+        """From now on the guidance scale is an input, which changes nothing before it is trained."""
+        d = self.embed_dim
+        self.guidance_embedding = GuidanceEmbedding(d, 4 * d, d).to(self.pos_embed.device, self.pos_embed.dtype)
+
     def block_list(self) -> list[Block]:
         """The depth + 1 blocks in the order they run."""
         return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
-    def embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None,
-              context: Tensor | None = None) -> Tensor:
+    def embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None,
+              guidance: Tensor | None = None) -> Tensor:
         """Tokens before the first block: (b, extras + patches, d)."""
         patches = self.patch_embed(x)
         time = self.time_embed(timestep_embedding(timesteps, self.embed_dim).to(patches.dtype))
+        if self.guidance_embedding is not None:
+            time = time + self.guidance_embedding(guidance, x)
+        elif guidance is not None:
+            raise ValueError("this U-ViT was built without guidance_embed: it does not take the guidance scale")
         tokens = [time[:, None], patches]
         if self.num_clip_token:
             if context is None:
@@ -185,9 +224,9 @@ class UViT(nn.Module):
         image = patches.view(-1, side, side, p, p, self.in_chans).permute(0, 5, 1, 3, 2, 4)
         return self.final_layer(image.reshape(-1, self.in_chans, self.img_size, self.img_size))
 
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None,
-                context: Tensor | None = None) -> Tensor:
-        x = self.embed(x, timesteps, y, context)
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None,
+                guidance: Tensor | None = None) -> Tensor:
+        x = self.embed(x, timesteps, y, context, guidance)
         skips = []
         for block in self.in_blocks:
             x = block(x)

@@ -88,11 +88,12 @@ def folder_batches(
         )
 
 
-def decode(path: str, size: int | tuple[int, int], channels: int, field: str = "data.path") -> np.ndarray:
+def decode(path: str, size: int | tuple[int, int] | None, channels: int, field: str = "data.path") -> np.ndarray:
     """One image file as uint8 (h, w, channels).
 
     size: an int crops the centre to the short side and resizes to size x size (Lanczos, antialiased), never
-        enlarging; (width, height) demands exactly that size. Transparent parts are laid on white.
+        enlarging; (width, height) demands exactly that size; None keeps the image's own. Transparent parts are
+        laid on white.
     """
     image = _open(path, field)
     if isinstance(size, tuple) and image.size != size:

@@ -7,9 +7,12 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError, choose
+from ..factory import load_function
 from ..files import reason
 from .folder import MODES, list_images, read_folder
 from .image_data import ImageData
+from .lmdb_images import read_lmdb
+from .torch_dataset import read_dataset
 
 # The order of CIFAR-10's own labels 0 to 9.
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -27,6 +30,7 @@ class DataRequest:
     download: bool
     cache: bool
     workers: int
+    factory: str
 
 
 def load_data(
@@ -39,17 +43,19 @@ def load_data(
     download: bool = False,
     cache: bool = True,
     workers: int = 0,
+    factory: str = "",
 ) -> ImageData:
     """Read a data set into host memory, as uint8 images (n, image_size, image_size, channels).
 
     name: one of READERS.
-    path: folder of the data; `digits` needs none.
+    path: folder of the data; `digits` and `factory` need none.
     split: "train" or "test"; for image folders a sub-folder of that name, where there is one.
     labels: for name="folder" only: "folders" makes each sub-folder a class (names sorted), "none" gives no
         labels. The other data sets bring their own.
     download: lets torchvision fetch CIFAR-10 into `path`.
-    cache: keep decoded images in one hidden file in the image folder, for the next time.
+    cache: keep decoded images in one hidden file beside the files they come from, for the next time.
     workers: processes that read image files; 0 chooses by the number of cores.
+    factory: for name="factory" only: "path/to/module.py:function", whose function returns a torch data set.
     Raises UserError, naming the field, for everything that a user can get wrong.
     """
     reader = choose("data.name", name, READERS)
@@ -58,7 +64,7 @@ def load_data(
     choose("data.labels", labels, ["none", "folders"])
     if image_size < 1:
         raise UserError(f"data.image_size={image_size} must be at least 1")
-    return reader(DataRequest(str(path), image_size, channels, split, labels, download, cache, workers))
+    return reader(DataRequest(str(path), image_size, channels, split, labels, download, cache, workers, factory))
 
 
 def read_digits(request: DataRequest) -> ImageData:
@@ -66,8 +72,7 @@ def read_digits(request: DataRequest) -> ImageData:
     from sklearn.datasets import load_digits
 
     _native_shape("digits", request, image_size=8, channels=1)
-    if request.split != "train":
-        raise UserError(f"data.split={request.split!r}: digits have one split, train")
+    _one_split("digits", request)
     digits = load_digits()
     images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[..., None]  # n h w 1
     return ImageData(images, torch.from_numpy(digits.target).long(), tuple(map(str, range(10))))
@@ -106,7 +111,30 @@ def read_image_folder(request: DataRequest) -> ImageData:
     return _read_class_folders(root, tuple(sorted(classes)), request)
 
 
-READERS = {"digits": read_digits, "cifar10": read_cifar10, "folder": read_image_folder}
+def read_image_database(request: DataRequest) -> ImageData:
+    """An LMDB as prepare_data.py and diffusion_distiller make it; it knows neither classes nor splits."""
+    root = _existing_folder(request)
+    _one_split("lmdb", request)
+    if request.labels != "none":
+        raise UserError(f"data.labels={request.labels!r}: an LMDB of images holds no labels; choose none")
+    return ImageData(read_lmdb(root, request.image_size, request.channels, request.workers, request.cache))
+
+
+def read_factory(request: DataRequest) -> ImageData:
+    """The torch data set of (image, label) that a function of the user's own returns; see torch_dataset.py."""
+    _one_split("factory", request)
+    field = f"data.factory={request.factory!r}"
+    dataset = load_function("data.factory", request.factory)()
+    return ImageData(*read_dataset(dataset, field, request.image_size, request.channels, request.workers))
+
+
+READERS = {"digits": read_digits, "cifar10": read_cifar10, "folder": read_image_folder, "lmdb": read_image_database,
+           "factory": read_factory}
+
+
+def _one_split(name: str, request: DataRequest) -> None:
+    if request.split != "train":
+        raise UserError(f"data.split={request.split!r}: {name} has one split, train")
 
 
 def _native_shape(name: str, request: DataRequest, image_size: int, channels: int) -> None:

@@ -4,6 +4,6 @@ Here are objectives for the shared training loop. Clockwork's adaptors have a lo
 the model itself, `clockwork_adaptor`. It is imported by its full name, since it loads diffusers.
 """
 
-from .progressive import WEIGHTINGS, Halving, student_sampler, two_step_target
+from .progressive import TARGETS, WEIGHTINGS, Guidance, Halving, second_estimate, student_sampler, two_step_target
 
-__all__ = ["WEIGHTINGS", "Halving", "student_sampler", "two_step_target"]
+__all__ = ["TARGETS", "WEIGHTINGS", "Guidance", "Halving", "second_estimate", "student_sampler", "two_step_target"]

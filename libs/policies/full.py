@@ -34,11 +34,12 @@ class Full:
         """What the sampler of a loop from `x_T` (b, ...) does to its state between steps; None for nothing."""
         return None
 
-    def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None,
-                 context: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None,
+                 **more: Tensor) -> Tensor:
+        """more: guidance (b,), for a network that takes the scale as an input."""
         self.calls += 1
         self.rows += len(x)
-        return self.net(x, timesteps, y=y, context=context)
+        return self.net(x, timesteps, y=y, context=context, **more)
 
     def stats(self) -> dict:
         """What ran since the policy was made: calls of the network, and rows in them."""

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..denoiser import Prediction
 from ..errors import UserError, choose
 from ..schedule import Schedule
-from .ddim import ddim, ddpm
+from .after_step import watched
+from .ddim import clipped, ddim, ddpm
 from .dpm_solver import dpm_solver, singlestep_orders
 from .dpm_solver_pp import dpm_solver_pp_multistep, dpm_solver_pp_singlestep
 from .euler import euler_ode, euler_sde
@@ -25,6 +26,7 @@ from .euler import euler_ode, euler_sde
 SAMPLERS = {
     "ddim": ddim,
     "ddpm": ddpm,
+    "clipped": clipped,
     "euler_sde": euler_sde,
     "euler_ode": euler_ode,
     "dpm_solver": dpm_solver,
@@ -35,6 +37,7 @@ SINGLESTEP = ("dpm_solver", "dpm_solver_pp_singlestep")  # their grid follows th
 OPTIONS = {  # of the config's sampler section: which sampler takes which
     "ddim": ("eta",),
     "ddpm": ("variance",),
+    "clipped": ("clipping_value", "eta"),
     "dpm_solver": ("order",),
     "dpm_solver_pp_singlestep": ("order",),
     "dpm_solver_pp": ("order", "lower_order_final", "exact_third"),
@@ -46,6 +49,8 @@ def make_sampler(name: str, **options) -> Callable:
     function = choose("sampler.name", name, SAMPLERS)
     if options.get("order") not in (None, 1, 2, 3):
         raise UserError(f"sampler.order={options['order']} is unknown; choose from 1, 2, 3")
+    if not options.get("clipping_value", 1) > 0:
+        raise UserError(f"sampler.clipping_value={options['clipping_value']} must be above 0")
     return partial(function, **{key: options[key] for key in OPTIONS.get(name, ()) if key in options})
 
 
@@ -65,6 +70,20 @@ def evaluation_times(sampler: Callable, ts: Tensor, schedule: Schedule) -> Tenso
         times.append(t)
         return Prediction(x_t, x_t)
 
-    x = torch.zeros(ts.shape[1:] or (1,), dtype=torch.float64)
-    sampler(record, x, ts, schedule, noise=lambda k: x)
+    _rehearse(sampler, record, ts, schedule)
     return torch.stack(times)
+
+
+def state_times(sampler: Callable, ts: Tensor, schedule: Schedule) -> Tensor:
+    """The times at which `sampler`'s state stands, x_T and x_0 included: (n,) or (n, b) float64, found likewise.
+
+    Those of ts, less the points inside the intervals of a singlestep solver.
+    """
+    times = []
+    _rehearse(watched(sampler, lambda x_t, t: times.append(t)), lambda x_t, t: Prediction(x_t, x_t), ts, schedule)
+    return torch.stack(times)
+
+
+def _rehearse(sampler: Callable, denoise: Callable, ts: Tensor, schedule: Schedule) -> None:
+    x = torch.zeros(ts.shape[1:] or (1,), dtype=torch.float64)
+    sampler(denoise, x, ts, schedule, noise=lambda k: x)

@@ -1,10 +1,10 @@
-"""DDIM (2010.02502) and DDPM ancestral sampling (2006.11239), for any pair (alpha, sigma)."""
+"""DDIM (2010.02502), plain and clipped, and DDPM ancestral sampling (2006.11239), for any pair (alpha, sigma)."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from ..denoiser import Denoise, rows
+from ..denoiser import Denoise, Prediction, rows
 from ..errors import choose
 from ..schedule import Schedule
 from .after_step import AfterStep, keep
@@ -26,6 +26,22 @@ def ddim(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule: Schedule, noise: C
             x = x + rows(stds[i], x) * noise(i)
         x = after_step(x, ts[i + 1])
     return x
+
+
+def clipped(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule: Schedule, noise: Callable | None = None,
+            after_step: AfterStep = keep, clipping_value: float = 1.2, eta: float = 0.0) -> Tensor:
+    """DDIM with x_0 clipped at +-clipping_value, and then eps, once it has followed x_0: diffusion_distiller's sampler.
+
+    x_t = alpha_t x_0 + sigma_t eps holds until eps is clipped. A step onto clean data returns the clipped x_0.
+    """
+    def denoise_clipped(x_t: Tensor, t: Tensor) -> Prediction:
+        x_0, eps = denoise(x_t, t)
+        x_0_clipped = x_0.clamp(-clipping_value, clipping_value)
+        # As a difference, so that where x_0 lies inside, eps keeps its every bit.
+        eps = eps + rows(schedule.alpha(t) / schedule.sigma(t), x_t) * (x_0 - x_0_clipped)
+        return Prediction(x_0_clipped, eps.clamp(-clipping_value, clipping_value))
+
+    return ddim(denoise_clipped, x_T, ts, schedule, noise, after_step, eta)
 
 
 def ddpm(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule: Schedule, noise: Callable | None = None,

@@ -12,6 +12,7 @@ from torch import nn
 from ..build import DTYPES, MODEL_SECTIONS, describe, load_model
 from ..checkpoint import build_backbone
 from ..errors import UserError, choose
+from ..factory import refuse_other_size
 
 LAUNCHER_PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
@@ -70,6 +71,7 @@ def start_network(config: ConfigDict, start: str | None) -> tuple[nn.Module, dic
     """(backbone, description): the weights that `start` names, or new ones."""
     net, description = load_model(config, start) if start else new_network(config)
     description = {name: description[name] for name in (*MODEL_SECTIONS, "image")}
+    refuse_other_size(net, description)
     if description["cond"]["kind"] == "none" and getattr(net, "num_classes", -1) > 0:
         raise UserError("cond.kind='none', but the network has classes (backbone.num_classes="
                         f"{net.num_classes}); choose label")

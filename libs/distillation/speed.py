@@ -1,0 +1,107 @@
+"""What an update of progressive distillation costs beside the network passes that it cannot do without.
+
+    python -m libs.distillation.speed --config=configs/cifar10_unet.py --batch_size=64 --out=outputs/distillation.json
+
+Two teacher passes without gradients, a student's forward and backward pass, and the whole objective with its backward
+pass (optimizer and EMA apart, as they are training's), in turns in one run: a busy machine slows all of them. The ratio
+is that of the whole to the sum of its passes, the median over rounds.
+"""
+
+import json
+import sys
+import time
+from statistics import median
+
+import torch
+from absl import flags as absl_flags
+
+from .. import cli
+from ..benchmark import synchronize
+from ..build import load_model, make_denoiser
+from ..errors import UserError
+from ..files import atomic_path
+from ..methods import METHODS, apply_methods
+from ..provenance import machine
+from ..random import Stream, normal
+from ..training import Batch, choose_precision
+from .stages import Stage, stage_config
+from .student import prepare_halving
+
+WARM_UP = 2  # rounds
+
+
+def define_flags(fv) -> None:
+    absl_flags.DEFINE_string("checkpoint", None, "the teacher; the config's own unless given", flag_values=fv)
+    absl_flags.DEFINE_integer("batch_size", 64, "images in an update", flag_values=fv, lower_bound=1)
+    absl_flags.DEFINE_integer("steps", 8, "of the student", flag_values=fv, lower_bound=1)
+    absl_flags.DEFINE_integer("repeats", 7, "rounds that count", flag_values=fv, lower_bound=1)
+    absl_flags.DEFINE_string("out", None, "file for the result (.json)", flag_values=fv)
+
+
+def measure(config, checkpoint: str | None, steps: int, batch_size: int, repeats: int, device) -> dict:
+    """Median seconds of each pass, and the ratio."""
+    held_net, held = load_model(config, checkpoint)
+    precision = choose_precision(config)
+    own = stage_config(config, Stage(steps, 1, config.train.lr, 0.0))
+    net, description, halving = prepare_halving(own, held_net, held, precision, device)
+    net = net.to(device).train()
+    student = make_denoiser(torch.compile(net) if config.compute.compile else net, description, precision, device)
+    del held_net
+    image, classes = description["image"], description["cond"]["num_classes"]
+    positions = torch.arange(batch_size)
+    shape = (image["channels"], image["size"], image["size"])
+    x_0 = normal(positions.to(device), 0, shape, Stream.START).clamp(-1, 1)
+    cond = {"y": (positions % classes).to(device)} if classes else None
+    batch = Batch(x_0, cond, positions, config.seed, 0)
+    t = halving.ts[2 * (positions % steps) + 2]
+
+    def teacher():
+        with torch.no_grad():
+            halving.teacher(x_0, t, cond)
+
+    def learn():
+        student(x_0, t, cond).x_0.square().sum().backward()
+
+    def update():
+        halving(student, batch).sum().backward()
+
+    seconds = {each.__name__: [] for each in (teacher, learn, update)}
+    for _ in range(WARM_UP + repeats):
+        for each in (teacher, learn, update):
+            net.zero_grad(set_to_none=True)
+            synchronize(device)
+            start = time.perf_counter()
+            each()
+            synchronize(device)
+            seconds[each.__name__].append(time.perf_counter() - start)
+    seconds = {name: times[WARM_UP:] for name, times in seconds.items()}
+    rows = zip(*seconds.values(), strict=True)
+    return {"teacher_forward": median(seconds["teacher"]), "student_forward_backward": median(seconds["learn"]),
+            "update": median(seconds["update"]), "ratio": median(c / (2 * a + b) for a, b, c in rows),
+            "batch_size": batch_size, "steps": steps, "precision": precision, "compile": config.compute.compile,
+            "repeats": repeats, "machine": machine(device)}
+
+
+def speed(config, flags) -> int:
+    if "distill" not in config:
+        with config.unlocked():
+            apply_methods(config, "progressive", METHODS)
+    if flags.out and not flags.out.endswith(".json"):
+        raise UserError(f"--out={flags.out} must end in .json")
+    result = measure(config, flags.checkpoint, flags.steps, flags.batch_size, flags.repeats,
+                     cli.choose_device(config.compute.device))
+    sys.stdout.write(f"teacher forward {result['teacher_forward']:.3f} s, student forward and backward "
+                     f"{result['student_forward_backward']:.3f} s, update {result['update']:.3f} s: "
+                     f"{result['ratio']:.3f} x two of the first and one of the second\n")
+    if flags.out:
+        with atomic_path(flags.out) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(speed, define_flags, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,391 @@
+"""What every stage of progressive distillation is worth, in pictures and numbers.
+
+WORKDIR gets pairs/steps_0008.png (the teacher's images above its student's, seed by seed), report.json (every score
+with what it is of; what is there already is not made again), quality.png and quality.md (the students beside the model
+that the run started from, at as many steps). Score a finished run anew with more images:
+
+    python -m libs.distillation.stage_report --workdir=runs/students --images=4000
+"""
+
+import copy
+import functools
+import gc
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from absl import flags as absl_flags
+from absl import logging
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+
+from .. import cli
+from ..build import MODEL_SECTIONS, adopt_sampler, load_model, make_chain, prepare_backbone
+from ..checkpoint import STAGES
+from ..data.images import save_png
+from ..errors import UserError
+from ..evaluation import Metrics, Request, score_seeds
+from ..files import atomic_path, reason
+from ..generate import Chain
+from ..markdown import markdown_table
+from ..methods import dpm_solver_pp
+from ..montage import montage
+from ..processes import Processes
+from ..schedule import make_schedule
+from ..seeds import parse_labels
+from .progressive import student_sampler
+from .student import make_guidance
+
+PICTURE = range(16)  # seeds of the pictures
+REFERENCE = 50  # DDIM steps of the model itself, drawn as a line
+FILE = "report.json"
+STUDENT, DDIM, DPM_SOLVER_PP = "student", "ddim", "dpm_solver_pp"
+LABELS = {STUDENT: "student", DDIM: "DDIM", DPM_SOLVER_PP: "DPM-Solver++"}
+DRAWN = {STUDENT: "students", DDIM: "their first teacher, DDIM", DPM_SOLVER_PP: "their first teacher, DPM-Solver++ 2M"}
+STYLES = {
+    STUDENT: {"color": "C0", "marker": "o", "linewidth": 2, "zorder": 3},
+    DDIM: {"color": "C1", "marker": "s", "linestyle": "--", "linewidth": 1.2, "markersize": 5},
+    DPM_SOLVER_PP: {"color": "C2", "marker": "^", "linestyle": "--", "linewidth": 1.2, "markersize": 5},
+}
+TICKS = (  # of an axis whose largest value is below that many times its smallest: within each power of ten
+    (4, (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)), (20, (1, 1.5, 2, 3, 4, 5, 7)),
+    (math.inf, (1, 2, 5)),
+)
+MEASURED_BY = ("metrics", "reference", "fid_mode", "features")  # fields of the eval section that decide a score
+Model = tuple[nn.Module, dict[str, Any]]  # a network on the CPU in float32, and the description of its checkpoint
+
+
+class Sampling(NamedTuple):
+    """One way to make images."""
+
+    net: nn.Module
+    description: dict[str, Any]
+    config: ConfigDict  # its sampler section is this network's
+
+    def chain(self, device: torch.device) -> Chain:
+        net = prepare_backbone(copy.deepcopy(self.net), self.config.compute, device)
+        return make_chain(self.config, net, self.description, device)
+
+    def settings(self) -> dict[str, Any]:
+        """All but the weights that decides the images."""
+        described = {name: self.description[name] for name in MODEL_SECTIONS}
+        return described | {"sampler": self.config.sampler.to_dict(), "policy": self.config.policy.to_dict(),
+                            "precision": self.config.compute.precision}
+
+
+def sample_student(config: ConfigDict, student: Model, steps: int) -> Sampling:
+    """By its own sampler section."""
+    own = ConfigDict(config.to_dict())
+    adopt_sampler(own, student[1])
+    own.sampler.steps = steps
+    return Sampling(*student, own)
+
+
+def sample_teacher(config: ConfigDict, teacher: Model, steps: int, student: Mapping[str, Any]) -> Sampling:
+    """By its own sampler section, or else the student's (a description); with the guidance that the student learnt."""
+    own = ConfigDict(config.to_dict())
+    adopt_sampler(own, student)
+    own.sampler.cfg_scale = student.get("distilled", {}).get("cfg_scale", config.sampler.cfg_scale)
+    adopt_sampler(own, teacher[1])
+    own.sampler.steps = steps
+    return Sampling(*teacher, own)
+
+
+def sample_base(config: ConfigDict, base: Model, solver: str, steps: int) -> Sampling:
+    """By DDIM on the students' times, or DPM-Solver++ as the method of that name sets it; guided as a first teacher."""
+    own, description = ConfigDict(config.to_dict()), base[1]
+    guidance = make_guidance(config, description)
+    if guidance is not None:
+        own.sampler.cfg_scale = min(max(config.sampler.cfg_scale, guidance.low), guidance.high)
+    adopt_sampler(own, description)
+    own.schedule = description["schedule"]  # by which DPM-Solver++ knows where to end
+    own.sampler.update(student_sampler(steps, make_schedule(**own.schedule)))
+    if solver == DPM_SOLVER_PP:
+        dpm_solver_pp(own)
+    return Sampling(*base, own)
+
+
+def base_samplings(config: ConfigDict, base: Model, steps: Sequence[int]) -> dict[tuple[str, int], Sampling]:
+    """{(solver, steps): how the model itself is measured}, the reference last."""
+    schedule = make_schedule(**base[1]["schedule"])
+    solvers = [DDIM, DPM_SOLVER_PP]
+    if schedule.lambda_(torch.ones((), dtype=torch.float64)).isinf():  # no grid in log SNR reaches t = 1
+        solvers.remove(DPM_SOLVER_PP)
+    wanted = [(solver, n) for n in steps for solver in solvers] + [(DDIM, reference_steps(base[1]))]
+    return {each: sample_base(config, base, *each) for each in dict.fromkeys(wanted)}
+
+
+def reference_steps(base: Mapping[str, Any]) -> int:
+    """50, or as many as a model has that was itself distilled to fewer."""
+    own = (base.get("sampler", {}).get("steps"), base["schedule"].get("steps"))
+    return min([REFERENCE, *filter(None, own)])
+
+
+def weights_digest(net: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, each in net.state_dict().items():
+        digest.update(f"{name} {each.dtype} {tuple(each.shape)}\n".encode())
+        digest.update(each.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class StageReport:
+    """Reports into `workdir`; `distill.report_images` images are scored, seeds 0, 1, ..., and for 0 nothing is.
+
+    config      its `eval` section names the metrics, `sampler` is what a model's description leaves open
+    processes   they share the scored seeds; the main one writes
+    precision   fp32, bf16 or fp16, of the networks' passes
+    Raises UserError at once for what a metric misses, so that no stage is trained in vain.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: Path, processes: Processes, precision: str):
+        self.config = ConfigDict(config.to_dict())
+        self.config.compute.precision = precision
+        self.workdir, self.processes, self.device = workdir, processes, processes.device
+        if config.distill.report_images < 0:
+            raise UserError(f"--config.distill.report_images={config.distill.report_images} must be at least 0")
+        self.seeds = list(range(config.distill.report_images)) if config.eval.metrics else []
+        self.held = self._read()
+        if self.seeds:
+            shape = (config.data.image_size, config.data.image_size, config.data.channels)
+            self._fresh = Metrics(Request(config.eval, len(self.seeds), shape, self.device, config.data,
+                                          config.cond.num_classes, with_reference=processes.is_main))
+
+    def add(self, name: str, teacher: tuple[str, Model, int], student: tuple[str, Model, int]) -> None:
+        """Report a finished stage, on every process: (caption, model, steps) of its teacher and its student."""
+        (above, taught, double), (below, model, steps) = teacher, student
+        sampling = sample_student(self.config, model, steps)
+        weights = weights_digest(model[0]) if self.processes.is_main else ""
+        if self.processes.is_main:
+            self._picture(name, steps, weights, {above: sample_teacher(self.config, taught, double, model[1]),
+                                                 below: sampling})
+        if self.seeds:
+            self._score(name, STUDENT, steps, weights, sampling)
+
+    def finish(self, base: Model, steps: list[int]) -> None:
+        """Score the model that the run started from as often as the students, whose numbers of steps these are, and
+        draw all of them; on every process.
+        """
+        if not self.seeds:
+            return
+        weights = weights_digest(base[0]) if self.processes.is_main else ""
+        for (solver, n), sampling in base_samplings(self.config, base, steps).items():
+            self._score(f"{solver}_{n:04d}", solver, n, weights, sampling)
+        if self.processes.is_main:
+            scores = [score for score in self.held["scores"].values() if score["steps"] in steps]
+            reference = self.held["scores"][f"{DDIM}_{reference_steps(base[1]):04d}"]
+            draw(scores, reference, self.workdir / "quality.png")
+            with atomic_path(self.workdir / "quality.md") as temporary:
+                temporary.write_text(report_text(scores, reference))
+
+    def values(self, name: str) -> dict[str, Any]:
+        """What stages.json shows of a stage: {} or {"quality": {metric: value, ..., "images": their number}}."""
+        score = self.held["scores"].get(name)
+        if score is None:
+            return {}
+        values = {metric: each["value"] for metric, each in score["metrics"].items()}
+        return {"quality": values | {"images": score["images"]}}
+
+    def _picture(self, name: str, steps: int, weights: str, rows: Mapping[str, Sampling]) -> None:
+        path = self.workdir / "pairs" / f"{name}.png"
+        of = _digest(weights, *(each.settings() for each in rows.values()))
+        if path.exists() and self.held["pairs"].get(name) == of:
+            return
+        picture = montage([(caption, self._images(sampling)) for caption, sampling in rows.items()])
+        save_png(path, picture)
+        self.held["pairs"][name] = of
+        self._write()
+        self._board.add_image("teacher above student", picture, steps, dataformats="HWC")
+        self._board.flush()
+        logging.info("%s: %s", name, path)
+
+    def _images(self, sampling: Sampling) -> Tensor:
+        """uint8 (n, h, w, c) of the pictures' seeds."""
+        chain, seeds = sampling.chain(self.device), list(PICTURE)
+        batches = chain.images(seeds, parse_labels(None, seeds, chain.num_classes))
+        images = torch.cat([images.cpu() for _, images in batches])
+        del chain, batches
+        self._free()
+        return images
+
+    def _score(self, key: str, kind: str, steps: int, weights: str, sampling: Sampling) -> None:
+        """Measure one way to make images, unless report.json has its score. weights: the main process knows them."""
+        of = _digest(weights, sampling.settings(), {name: self.config.eval[name] for name in MEASURED_BY},
+                     self.config.data.name, len(self.seeds))
+        known = self.processes.is_main and self.held["scores"].get(key, {}).get("of") == of
+        if self.processes.agree(int(known)):
+            return
+        logging.info("scoring %s at %d step%s", LABELS[kind], steps, "s" * (steps > 1))
+        chain, metrics = sampling.chain(self.device), copy.deepcopy(self._fresh)
+        labels = parse_labels(None, self.seeds, chain.num_classes)
+        label_of = dict(zip(self.seeds, labels, strict=True)) if labels else None
+        score_seeds(metrics, chain, self.processes.share(self.seeds, chain.rows), label_of, bar=self.processes.is_main)
+        measured = metrics.compute(self.processes)
+        pair = labels is not None and chain.cfg_scale != 1 and not chain.takes_scale
+        calls = chain.nfe * (2 if pair else 1)
+        del chain, metrics
+        self._free()
+        if not self.processes.is_main:
+            return
+        self.held["scores"][key] = {"kind": kind, "steps": steps, "calls": calls, "images": len(self.seeds),
+                                    "metrics": measured, "sampler": sampling.config.sampler.to_dict(), "of": of}
+        self._write()
+        for metric, each in measured.items():
+            self._board.add_scalar(f"{metric}/{kind}", each["value"], steps)
+        self._board.flush()
+        told = ", ".join(f"{metric} {each['value']:.4g}" for metric, each in measured.items())
+        logging.info("%s at %d step%s, %d images: %s", LABELS[kind], steps, "s" * (steps > 1), len(self.seeds), told)
+
+    @functools.cached_property
+    def _board(self):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.workdir / "tensorboard"))
+
+    def _free(self) -> None:
+        """What a chain held must be gone before the next one, or the next stage, needs the memory."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _read(self) -> dict[str, dict]:
+        held = {"pairs": {}, "scores": {}}
+        if (self.workdir / FILE).exists():
+            held |= _read_json(self.workdir / FILE, "remove it, and the stages are reported anew")
+        return held | {"config": self.config.to_dict()}
+
+    def _write(self) -> None:
+        _write_json(self.workdir / FILE, self.held)
+
+
+def _read_json(path: Path, advice: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or reason(error)
+        raise UserError(f"{path} cannot be read ({why}); {advice}") from error
+
+
+def _write_json(path: Path, held: Mapping) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(held, indent=1) + "\n")
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _value(score: Mapping, metric: str) -> float:
+    return score["metrics"][metric]["value"]
+
+
+def _is_guided(scores: Sequence[Mapping]) -> bool:
+    """Whether a step of some of them takes two calls of the network."""
+    return any(score["calls"] > score["steps"] for score in scores)
+
+
+def report_text(scores: Sequence[Mapping], reference: Mapping) -> str:
+    """quality.md: a table for each metric, one row a number of steps."""
+    parts = ["# Quality of the students"]
+    by_place = {(score["kind"], score["steps"]): score for score in scores}
+    for metric in reference["metrics"]:
+        rows = []
+        for steps in sorted({score["steps"] for score in scores}, reverse=True):
+            found = {LABELS[kind]: by_place.get((kind, steps)) for kind in LABELS}
+            values = {label: f"{_value(score, metric):.4g}" for label, score in found.items() if score}
+            rows.append({"steps": steps, **values})
+        images = reference["images"]
+        parts += [f"## {metric}, {images:,} images a number",
+                  f"Seeds 0 to {images - 1}. DDIM and DPM-Solver++ (2M) sample the students' first teacher; by DDIM at "
+                  f"{reference['steps']} steps it has {_value(reference, metric):.4g}.",
+                  markdown_table(rows)]
+    if _is_guided([*scores, reference]):
+        two = [LABELS[kind] for kind in LABELS if _is_guided([each for each in scores if each["kind"] == kind])]
+        parts.append(f"A step takes two calls of the network, for guidance, in the columns {', '.join(two)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(scores: Sequence[Mapping], reference: Mapping, path: str | Path) -> None:
+    """quality.png: the first metric against the number of network calls an image; the students bear their values."""
+    from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    metric = next(iter(reference["metrics"]))
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for kind, style in STYLES.items():
+        points = sorted((score["calls"], _value(score, metric)) for score in scores if score["kind"] == kind)
+        if points:
+            axes.plot(*zip(*points, strict=True), label=DRAWN[kind], **style)
+        if kind == STUDENT:
+            for point in points:
+                axes.annotate(f"{point[1]:.3g}", point, (0, -7), textcoords="offset points", ha="center", va="top",
+                              color=style["color"], fontsize="small", zorder=4,
+                              path_effects=[withStroke(linewidth=3, foreground="white")])
+    label = f"{DRAWN[DDIM]}, {reference['calls']} calls"
+    axes.axhline(_value(reference, metric), color="0.4", linestyle=":", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({score["calls"] for score in scores}))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    values = [_value(score, metric) for score in [*scores, reference]]
+    if min(values) > 0:
+        axes.set_yscale("log")
+        wide = max(values) / min(values)
+        axes.yaxis.set_major_locator(LogLocator(subs=next(subs for ratio, subs in TICKS if wide < ratio)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.margins(y=0.08)
+    axes.set(xlabel="network calls an image", ylabel=f"{metric} ({reference['images']:,} images)")
+    axes.grid(visible=True, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def define_flags(fv) -> None:
+    absl_flags.DEFINE_string("workdir", None, "folder of the run", flag_values=fv)
+    absl_flags.DEFINE_integer("images", None, "images a score; else as many as the run's", flag_values=fv)
+    absl_flags.mark_flag_as_required("workdir", fv)
+
+
+def report_again(_, flags) -> None:
+    """Report the finished stages of a run."""
+    workdir, advice = Path(flags.workdir), "name a folder that distillate.py has made with :progressive"
+    manifest = _read_json(workdir / STAGES, advice)
+    config = ConfigDict(_read_json(workdir / FILE, advice)["config"])
+    if flags.images is not None:
+        config.distill.report_images = flags.images
+    processes = Processes(cli.choose_device(config.compute.device))
+    report = StageReport(config, workdir, processes, config.compute.precision)
+    base = teacher = load_model(config, manifest["start"])
+    steps = []
+    for stage in manifest["stages"]:
+        if not stage["finished"]:
+            break
+        student = load_model(config, str(workdir / stage["name"]))
+        if stage["steps"]:
+            steps.append(stage["steps"])
+            report.add(stage["name"], (f"teacher, {2 * steps[-1]} steps", teacher, 2 * steps[-1]),
+                       (f"student, {steps[-1]} step{'s' * (steps[-1] > 1)}", student, steps[-1]))
+        stage.update(report.values(stage["name"]))
+        teacher = student
+    report.finish(base, steps)
+    if processes.is_main:
+        _write_json(workdir / STAGES, manifest)
+    processes.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(report_again, define_flags, argv, takes_config="no")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""All stages of progressive distillation in one resumable run (2202.00512, algorithm 2's outer loop).
+
+WORKDIR gets a training folder a stage (convert, steps_0512, steps_0256, ...), each student the next one's teacher, and
+stages.json: what each stage is, how far it is, and what its student scored.
+"""
+
+import copy
+import gc
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from absl import logging
+from ml_collections import ConfigDict
+from torch import nn
+
+from ..build import load_model
+from ..checkpoint import STAGES
+from ..errors import UserError
+from ..files import atomic_path
+from ..processes import Processes
+from ..training import Run, Trainer, choose_precision, diffusion_loss, load_training_data, validate
+from ..training.state import Checkpoints
+from .stage_report import StageReport
+from .student import make_guidance, prepare_halving, refuse_other_schedule, student_prediction
+
+CONVERT = "convert"  # folder of stage 0
+LONGER_FROM, LONGER = 2, 2  # students of so few steps learn twice as long, as in the paper
+OF_A_STAGE = ("start_steps", "end_steps", "stages", "updates", "lr", "ema", "convert_updates", "convert_lr",
+              "convert_ema", "report_images")  # fields of the distill section by which stages are planned
+Model = tuple[nn.Module, dict[str, Any]]  # a network and the description of its checkpoint
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One student. steps 0 is the model itself in another prediction, from which the first halving starts."""
+
+    steps: int
+    updates: int
+    lr: float
+    ema: float
+
+    @property
+    def name(self) -> str:
+        return f"steps_{self.steps:04d}" if self.steps else CONVERT
+
+
+def halvings(section: Mapping, teacher_steps: int | None, sampler_steps: int) -> list[int]:
+    """The students' numbers of steps, falling, by the `distill` section's start_steps, end_steps and stages.
+
+    Any of the three may be 0, not given. teacher_steps: of a teacher that was itself distilled, else None.
+    sampler_steps: the config's, where nothing else says from how many steps to start.
+
+    >>> halvings({"start_steps": 64, "end_steps": 8, "stages": 0}, None, 50)
+    [32, 16, 8]
+    >>> halvings({"start_steps": 0, "end_steps": 0, "stages": 0}, None, 50)
+    [25]
+    """
+    start, end, stages = section["start_steps"], section["end_steps"], section["stages"]
+    for name in ("start_steps", "end_steps", "stages"):
+        if section[name] < 0:
+            raise UserError(f"--config.distill.{name}={section[name]} must be at least 1, or 0 for what the others say")
+    if teacher_steps and start not in (0, teacher_steps):
+        raise UserError(f"--config.distill.start_steps={start}: the teacher was itself distilled, to {teacher_steps} "
+                        "steps; start there")
+    start = start or teacher_steps or (end * 2**stages if end and stages else sampler_steps)
+    if not end:
+        stages = stages or 1
+        if start % 2**stages:
+            raise UserError(f"--config.distill.stages={stages}: {start} steps cannot be halved so often")
+        return [start // 2**k for k in range(1, stages + 1)]
+    count = (start // end).bit_length() - 1
+    if count < 1 or start != end * 2**count:
+        raise UserError(f"--config.distill.end_steps={end}: {start} steps, halved again and again, are never {end}; "
+                        f"choose from {', '.join(map(str, reachable(start))) or 'none'}")
+    if stages not in (0, count):
+        raise UserError(f"--config.distill.stages={stages}: from {start} to {end} steps are {count} halvings; leave "
+                        "one of start_steps, end_steps and stages out")
+    return [start // 2**k for k in range(1, count + 1)]
+
+
+def reachable(start: int) -> list[int]:
+    """Numbers of steps that halving `start` gives.
+
+    >>> reachable(48)
+    [24, 12, 6, 3]
+    """
+    return [start // 2**k for k in range(1, start.bit_length()) if start % 2**k == 0]
+
+
+def plan(config: ConfigDict, teacher: Mapping[str, Any]) -> list[Stage]:
+    """The stages of a run. teacher: the description of its checkpoint."""
+    section, train = config.distill, config.train
+    steps = halvings(section, distilled_steps(teacher), teacher.get("sampler", config.sampler)["steps"])
+    usual = [train.steps * (LONGER if n <= LONGER_FROM else 1) for n in steps]
+    columns = zip(steps, _each(section, "updates", usual), _each(section, "lr", [train.lr] * len(steps)),
+                  _each(section, "ema", [train.ema] * len(steps)), strict=True)
+    stages = [Stage(*row) for row in columns]
+    if student_prediction(section, teacher) != teacher["denoiser"]["prediction"]:
+        stages.insert(0, Stage(0, section.convert_updates, section.convert_lr, section.convert_ema))
+    return stages
+
+
+def distilled_steps(teacher: Mapping[str, Any]) -> int | None:
+    """To how many steps a teacher was distilled; None for a model that was not, which can start anywhere."""
+    steps = teacher.get("sampler", {}).get("steps")
+    untouched = steps == teacher["schedule"].get("steps") and teacher["denoiser"].get("time_scale", 1) == 1
+    return None if untouched else steps
+
+
+def _each(section: Mapping, field: str, usual: Sequence) -> Sequence:
+    """A value for every stage: those of the field, its only one for all, or the usual ones where it is empty."""
+    values = section[field]
+    if len(values) not in (0, 1, len(usual)):
+        raise UserError(f"--config.distill.{field}={values}: want one value, or one for each of {len(usual)} stages")
+    return list(values) * len(usual) if len(values) == 1 else values or usual
+
+
+def stage_config(config: ConfigDict, stage: Stage) -> ConfigDict:
+    """The config by which a stage's training folder knows itself: what another stage sets is not in it."""
+    own = ConfigDict(config.to_dict())
+    own.train.update(steps=stage.updates, lr=stage.lr, ema=stage.ema)
+    own.distill = {name: value for name, value in config.distill.items() if name not in OF_A_STAGE}
+    own.distill.steps = stage.steps
+    return own
+
+
+class Stages:
+    """The run in `workdir`, from the checkpoint `start`."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, start: str, processes: Processes):
+        self.config, self.workdir, self.start, self.processes = config, workdir, start, processes
+        self.precision = choose_precision(config)
+        self.base: Model = load_model(config, start)
+        refuse_other_schedule(config, self.base[1])
+        make_guidance(config, self.base[1])
+        self.stages = plan(config, self.base[1])
+        for stage in self.stages:
+            validate(stage_config(config, stage), processes.count)
+        self.report = StageReport(config, workdir, processes, self.precision)
+        self.data = None
+
+    def run(self, began: float) -> int:
+        """Every stage that is not finished yet. Returns the exit status as Trainer.train does.
+
+        began: `time.monotonic()` from which `train.max_minutes` counts, over all stages.
+        """
+        teacher, source = self.base, self.start
+        for stage in self.stages:
+            self.write_manifest()
+            student, status = self.run_stage(stage, teacher, source, began)
+            if student is None:
+                self.write_manifest()
+                return status
+            if stage.steps:
+                self.report.add(stage.name, (f"teacher, {2 * stage.steps} steps", teacher, 2 * stage.steps),
+                                (f"student, {stage.steps} step{'s' * (stage.steps > 1)}", student, stage.steps))
+            teacher, source = student, stage.name
+        students = [stage for stage in self.stages if stage.steps]
+        self.report.finish(self.base, [stage.steps for stage in students])
+        self.write_manifest()
+        logging.info("finished: students of %s steps in %s", ", ".join(str(each.steps) for each in students),
+                     self.workdir)
+        return 0
+
+    def run_stage(self, stage: Stage, teacher: Model, source: str, began: float) -> tuple[Model | None, int]:
+        """(the stage's student, 0), or (None, the exit status) where it was stopped before its end."""
+        config = stage_config(self.config, stage)
+        run = Run(self.workdir / stage.name, config, source, self.processes)
+        saved = run.resume()
+        if saved is None or saved.step < stage.updates:
+            if stage.steps:
+                net, description, objective = prepare_halving(config, *teacher, self.precision, self.processes.device)
+            else:
+                net, description, objective = copy.deepcopy(teacher[0]), copy.deepcopy(teacher[1]), diffusion_loss
+                description["denoiser"]["prediction"] = student_prediction(config.distill, teacher[1])
+            self.data = self.data or load_training_data(config.data, description, self.processes.device)
+            logging.info("%s: %d updates at learning rate %g, teacher %s", stage.name, stage.updates, stage.lr, source)
+            trainer = Trainer(config, run, net, description, objective, self.precision)
+            trainer.restore(saved)
+            status = trainer.train(self.data, began)
+            done = trainer.step
+            del trainer, net, objective
+            gc.collect()  # before the next stage's networks come
+            if self.processes.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if status or done < stage.updates:
+                return None, status
+        return load_model(config, str(run.workdir)), 0
+
+    def write_manifest(self) -> None:
+        """stages.json, by which --checkpoint=WORKDIR finds the last finished student."""
+        if not self.processes.is_main:
+            return
+        rows = []
+        for stage in self.stages:
+            done = max(Checkpoints(self.workdir / stage.name / "ckpts").steps(), default=0)
+            rows.append({"name": stage.name, **asdict(stage), "done": done, "finished": done >= stage.updates,
+                         **self.report.values(stage.name)})
+        with atomic_path(self.workdir / STAGES) as temporary:
+            temporary.write_text(json.dumps({"start": self.start, "stages": rows}, indent=1) + "\n")
