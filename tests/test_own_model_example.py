@@ -1,0 +1,44 @@
+"""The README's example of a model and a data set of one's own, as it stands there."""
+
+import importlib
+import json
+import re
+import shlex
+
+import pytest
+
+from libs.config import ROOT
+
+FEW = {  # what makes minutes seconds
+    "train": ["--config.train.steps=4", "--config.train.batch_size=8", "--config.train.preview_every=0"],
+    "distillate": ["--config.train.steps=2", "--config.train.batch_size=8", "--config.train.preview_every=0"],
+    "sample": ["--config.compute.rows=4"],
+}
+
+
+def section() -> str:
+    return (ROOT / "README.md").read_text().split("### Your own model and images")[1].split("\n### ")[0]
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """The commands of the example, run in a folder with its file."""
+    [code] = re.findall(r"```python\n(.*?)```", section(), re.S)
+    (tmp_path / "my_model.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    return [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", section(), re.S)
+            for line in block.splitlines()]
+
+
+def test_the_example_trains_distils_and_samples(commands, tmp_path, run_main):
+    names = []
+    for words in commands:
+        name = words[1].removesuffix(".py")
+        ran = run_main(importlib.import_module(name).main, *words[2:], *FEW[name], "--config.compute.device=cpu")
+        assert ran.status == 0, ran.stderr
+        names.append(name)
+    assert names == ["train", "distillate", "sample"]
+    assert [each["finished"] for each in json.loads((tmp_path / "runs/own_students/stages.json").read_text())["stages"]
+            ] == [True, True]
+    summary = json.loads((tmp_path / "outputs/own/summary.json").read_text())
+    assert (summary["nfe"], summary["images"]) == (4, 16)
