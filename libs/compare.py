@@ -62,6 +62,8 @@ class Cell:
     settings    fields of config.policy
     checkpoint  "" is the config's own
     needs       a file that the cell cannot do without; "" is none
+    fixed       whether the model samples at its own number of steps only, as a distilled student does: then there is no
+                plain sampling with fewer steps beside it
     """
 
     config: str
@@ -72,6 +74,7 @@ class Cell:
     settings: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: str = ""
     needs: str = ""
+    fixed: bool = False
 
     @property
     def name(self) -> str:
@@ -81,7 +84,7 @@ class Cell:
     @property
     def plain(self) -> "Cell":
         """Plain sampling with the same checkpoint, sampler and steps."""
-        return Cell(self.config, self.sampler, self.steps, checkpoint=self.checkpoint)
+        return Cell(self.config, self.sampler, self.steps, checkpoint=self.checkpoint, fixed=self.fixed)
 
     @property
     def missing(self) -> str:
@@ -127,7 +130,7 @@ def select(cells: Iterable[Cell], pattern: str) -> list[Cell]:
 
 def equal_cell(cell: Cell, results: Mapping[str, Mapping]) -> Cell | None:
     """Plain sampling with the steps that cost what `cell` costs; None until its cost and the plain one's are known."""
-    if cell.name not in results or cell.plain.name not in results:
+    if cell.fixed or cell.name not in results or cell.plain.name not in results:
         return None
     ratio = gmacs(results[cell.name]) / gmacs(results[cell.plain.name])
     return replace(cell.plain, steps=equal_steps(cell.steps, ratio))

@@ -65,7 +65,8 @@ def progressive(config: ConfigDict) -> None:
         "cfg_range": (),  # lowest and highest scale: an input of the students, which need one call a step
         "report_images": 0,  # images by which each student, and in the end the model itself, is measured; 0 is none
     })
-    config.train.update(steps=50_000, lr=5e-5, warmup=0, decay_from=0.0, weight_decay=0.0, clip_norm=1.0, ema=0.0)
+    config.train.update(steps=50_000, lr=5e-5, warmup=0, decay_from=0.0, weight_decay=0.0, clip_norm=1.0, ema=0.0,
+                        eval_every=0)
 
 
 def hramchenko(config: ConfigDict) -> None:

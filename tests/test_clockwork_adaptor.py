@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -258,6 +260,20 @@ def test_interrupted_run_goes_on_bit_for_bit(tmp_path, distil, monkeypatch):
     assert not (tmp_path / "limited" / "adaptor.safetensors").exists()
     assert distil("limited", **options).status == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "limited")
+
+
+def test_two_processes(released, tmp_path):
+    """Each learns from trajectories of its own, so the losses are others than one process's; the adaptor is one."""
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0")
+    command = [sys.executable, *launch, "distillate.py", f"--config={CONFIG}:clockwork_adaptor",
+               *flags_of(TINY, FAST, {"train.save_every": 40}),
+               f"--checkpoint={released}", f"--workdir={tmp_path / 'two'}"]
+    subprocess.run(command, check=True, cwd=config_files.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                   capture_output=True, timeout=300)
+    ratios = [row["fresh_ratio"] for row in rows_of(tmp_path / "two")]
+    assert ratios[0] == pytest.approx(1)  # it begins as identity, over the trajectories of both
+    assert ratios[-1] < 1
+    assert sum(each.abs().sum() for each in load_adaptor(tmp_path / "two" / "adaptor.safetensors")[0].parameters()) > 0
 
 
 def test_folder_belongs_to_one_sampler(distil):

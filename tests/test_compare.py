@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,6 +69,8 @@ def test_every_method_brings_plain_sampling_of_equal_steps_and_of_equal_cost():
     assert [cell.name for cell in plan([slow, fast], results)] == names  # both are worth 6 steps
     assert equal_cell(slow.plain, results) == slow.plain
     assert equal_cell(slow, {slow.name: results[slow.name]}) is None  # until the plain cell is there
+    student = replace(slow, fixed=True)
+    assert plan([student], results) == [student.plain, student]  # it has one number of steps
 
 
 def test_a_finished_cell_is_skipped_and_an_interrupted_one_goes_on(run, tmp_path):

@@ -130,18 +130,19 @@ def test_model_offloading(first):
     assert torch.equal(image(pipe, kwargs), image(fresh, kwargs))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_bfloat16(policy):
+def test_half_precision(policy, dtype):
     def half(pipe, kwargs):
-        pipe.to(dtype=torch.bfloat16)
-        return {key: value.bfloat16() if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
+        pipe.to(dtype=dtype)
+        return {key: value.to(dtype) if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
 
     pipe, kwargs = small()
     with apply_policy(pipe, POLICIES[policy]):
         single = image(pipe, kwargs)
         kwargs = half(pipe, kwargs)
         expected = image(pipe, kwargs)
-        assert expected.dtype == torch.bfloat16
+        assert expected.dtype == dtype
         assert torch.equal(image(pipe, kwargs), expected)
         assert close(expected.float(), single, 0.1)
     plain = image(pipe, kwargs)

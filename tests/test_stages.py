@@ -153,6 +153,15 @@ def test_one_command_for_all_stages(teacher, students, tmp_path, run_main):
         distillate.main, DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={students}").stderr
 
 
+@pytest.mark.parametrize(("methods", "sampler", "steps"), [
+    ("", "ddim", 4), (":dpm_solver_pp", "dpm_solver_pp", 4), (":clipped", "clipped", 4)])
+def test_a_sampler_that_the_user_names_wins_over_the_students(students, tmp_path, run_main, methods, sampler, steps):
+    ran = run_main(sample.main, DIGITS + methods, *TINY, f"--checkpoint={students}", "--seeds=0-1", f"--out={tmp_path}")
+    assert ran.status == 0, ran.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["sampler"], summary["nfe"]) == (sampler, steps)
+
+
 def test_each_student_starts_from_its_teacher(teacher, tmp_path, run_main):
     argv = (DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={tmp_path}",
             "--config.distill.lr=1e-12", "--config.distill.updates=1")

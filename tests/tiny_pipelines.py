@@ -156,6 +156,13 @@ def text_to_image():
     return _quiet(StableDiffusionPipeline(**_parts(unet()))), _call(height=SIZE, width=SIZE)
 
 
+def text_to_image_2():
+    """Stable Diffusion 2.1's: linear projections around attention, v."""
+    parts = _parts(unet(use_linear_projection=True))
+    parts["scheduler"] = scheduler(prediction_type="v_prediction")
+    return _quiet(StableDiffusionPipeline(**parts)), _call(height=SIZE, width=SIZE)
+
+
 def image_to_image():
     return _quiet(StableDiffusionImg2ImgPipeline(**_parts(unet()))), _call(image=_picture(), strength=0.8)
 
@@ -317,6 +324,7 @@ def prompted_sdxl(folder):
 
 IN_MEMORY = {
     "text_to_image": text_to_image,
+    "text_to_image_2": text_to_image_2,
     "image_to_image": image_to_image,
     "inpainting": inpainting,
     "inpainting_4": lambda: inpainting(channels=4),

@@ -182,7 +182,7 @@ class Stages:
             trainer = Trainer(config, run, net, description, objective, self.precision)
             trainer.restore(saved)
             status = trainer.train(self.data, began)
-            done = trainer.step
+            done = self.processes.agree(trainer.step)  # and wait until the main process has written the checkpoint
             del trainer, net, objective
             gc.collect()  # before the next stage's networks come
             if self.processes.device.type == "cuda":
