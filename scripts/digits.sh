@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Progressive distillation from nothing to pictures, on handwritten digits: trains a model, distils it from 16 steps of
 # two network calls each (guidance) to 4 steps of one, and draws both with the same seeds. A CPU is enough: two minutes
-# of two cores. A second run reuses what is there.
+# of one core. A second run reuses what is there.
 #
 #   bash scripts/digits.sh [OUT]     outputs/digits unless given
 set -euo pipefail

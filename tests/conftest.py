@@ -1,6 +1,6 @@
 """Fixtures of all tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -18,6 +18,15 @@ def pytest_configure() -> None:
 def _seed() -> None:
     """Every test starts from the same random state, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tests of tiny networks, which are slower on two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Ran(NamedTuple):

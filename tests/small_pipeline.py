@@ -1,21 +1,8 @@
 """A text to image pipeline smaller still than those of tiny_pipelines, and what tests do with it."""
 
-from contextlib import contextmanager
-
 import torch
 from diffusers import UNet2DConditionModel
 from tiny_pipelines import CROSS, image_to_image, text_to_image
-
-
-@contextmanager
-def one_thread():
-    """Networks this small only get slower with more, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def small_unet(levels: int = 3) -> UNet2DConditionModel:

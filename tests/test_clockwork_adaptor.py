@@ -33,6 +33,8 @@ from libs.distillation.trajectories import (
 from libs.policies.clockwork import Clockwork
 from libs.processes import Processes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 CONFIG = "configs/cifar10_unet.py"
 TINY = {"compute.device": "cpu", "compute.rows": 4, "backbone.sample_size": 16, "backbone.block_out_channels":
@@ -40,15 +42,6 @@ TINY = {"compute.device": "cpu", "compute.rows": 4, "backbone.sample_size": 16, 
         "data.image_size": 16, "sampler.steps": 5}
 FAST = {"distill.trajectories": 8, "distill.updates": 5, "distill.rounds_kept": 2, "distill.width": 16,
         "train.steps": 12, "train.batch_size": 8, "train.log_every": 1, "train.save_every": 4, "train.keep": 9}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Networks this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny_config(methods="", **options):

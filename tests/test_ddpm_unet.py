@@ -22,6 +22,8 @@ from libs.errors import UserError
 from libs.schedule import make_schedule, time_grid
 from libs.training.setup import recompute_activations
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = "configs/celebahq256_unet.py"
 # The published model, block by block: name, channels in, channels out, attention.
 DOWN = [("down.1", 112, 112, 0), ("down.2", 112, 112, 0), ("down.4", 112, 224, 0), ("down.5", 224, 224, 0),
@@ -34,15 +36,6 @@ UP = [("up.0", 896, 448, 1), ("up.1", 896, 448, 1), ("up.2", 896, 448, 1), ("up.
       ("up.17", 224, 112, 0), ("up.18", 224, 112, 0)]
 RESIZE = {"down.3.0": 112, "down.6.0": 224, "down.9.0": 224, "down.12.0": 448,
           "up.3.1": 448, "up.7.1": 448, "up.11.1": 224, "up.15.1": 224}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Networks this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def published_shapes() -> dict[str, tuple[int, ...]]:

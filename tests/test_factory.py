@@ -19,6 +19,8 @@ MODULE = """
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 class Net(nn.Module):
     def __init__(self, channels=1, labels=0):
         super().__init__()
@@ -85,15 +87,6 @@ def make_error():
 
 NUMBER = 3
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Networks this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -7,23 +7,19 @@ import pytest
 import torch
 from absl import logging
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
-from small_pipeline import close, image, one_thread, small, small_image_to_image, small_unet, swap_scheduler
+from small_pipeline import close, image, small, small_image_to_image, small_unet, swap_scheduler
 from tiny_pipelines import CROSS, TOKENS, controlnet
 
 from libs.errors import UserError
 from libs.pipelines import Clockwork, EncoderPropagation, apply_policy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 POLICIES = {
     "clockwork": Clockwork(3),
     "sequential": EncoderPropagation("every:3"),
     "parallel": EncoderPropagation("every:3", parallel=True, prior_noise=0.003),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 # From one image to the next, with the same pipeline

@@ -4,10 +4,12 @@ import functools
 
 import pytest
 import torch
-from small_pipeline import close, image, one_thread
+from small_pipeline import close, image
 from tiny_pipelines import IN_MEMORY
 
 from libs.pipelines import Clockwork, EncoderPropagation, apply_policy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 POLICIES = {
     "clockwork": Clockwork(2),
@@ -19,12 +21,6 @@ PLAIN = {"clock 1": Clockwork(1), "all keys": EncoderPropagation("every:1"),
 
 class Interrupted(Exception):
     pass
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 def make(kind: str):

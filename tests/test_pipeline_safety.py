@@ -8,7 +8,7 @@ from accelerate import hooks as accelerate_hooks
 from diffusers import DiTPipeline, DiTTransformer2DModel, UNet3DConditionModel
 from peft import LoraConfig
 from safetensors.torch import save_file
-from small_pipeline import close, image, one_thread, small, small_unet
+from small_pipeline import close, image, small, small_unet
 from tiny_pipelines import controlnet, scheduler, sdxl
 
 from libs.adaptors import make_adaptor
@@ -16,17 +16,13 @@ from libs.adaptors.files import save_adaptor
 from libs.errors import UserError
 from libs.pipelines import Clockwork, EncoderPropagation, apply_policy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 POLICIES = {
     "clockwork": Clockwork(2),
     "extrapolation": Clockwork(2, depth=2, adaptor="extrapolation", cut="before"),
     "parallel": EncoderPropagation("every:3", parallel=True, prior_noise=0.003),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 def traces(*modules) -> list[dict]:

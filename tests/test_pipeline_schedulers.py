@@ -13,19 +13,15 @@ from diffusers import (
     KDPM2DiscreteScheduler,
     PNDMScheduler,
 )
-from small_pipeline import close, image, one_thread, small, small_image_to_image, swap_scheduler
+from small_pipeline import close, image, small, small_image_to_image, swap_scheduler
 
 from libs.pipelines import Clockwork, EncoderPropagation, apply_policy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NEEDS = {"DPMSolverSDEScheduler": "torchsde"}  # scheduler -> the extra package that it needs
 SCHEDULERS = {cls.__name__: cls for cls in DDIMScheduler().compatibles}
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))

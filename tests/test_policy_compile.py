@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from small_pipeline import close, image, one_thread, small, small_unet
+from small_pipeline import close, image, small, small_unet
 from torch._dynamo.utils import counters
 
 from libs.pipelines import Clockwork, EncoderPropagation, apply_policy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 50
 
@@ -14,8 +16,7 @@ STEPS = 50
 def _dynamo():
     torch._dynamo.reset()
     counters.clear()
-    with one_thread():
-        yield
+    yield
     torch._dynamo.reset()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from setuptools import find_packages
-from small_pipeline import image, one_thread, small, small_image_to_image
+from small_pipeline import image, small, small_image_to_image
 from tiny_pipelines import controlnet, text_to_image
 
 from libs.errors import UserError
@@ -25,13 +25,9 @@ from libs.pipelines import (
 )
 from libs.policies.key_steps import PUBLISHED
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 def called(pipe, kwargs: dict, **others) -> torch.Tensor:

@@ -11,13 +11,7 @@ from libs.errors import UserError
 from libs.pipelines import safety
 from libs.pipelines.safety import CHECKS, TOOLS, Running, Tool
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def leaky(pipe) -> Running:

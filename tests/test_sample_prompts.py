@@ -15,16 +15,9 @@ import sample
 from libs import config as config_files
 from libs.data.images import save_png
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = "a cat\na red dog\nthe sea\n"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny operations take longer on several threads, and much longer on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

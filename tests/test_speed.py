@@ -9,13 +9,7 @@ import torch
 from libs.errors import UserError
 from libs.pipelines import speed, untrained
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_full_network_is_that_of_stable_diffusion_15():

@@ -21,17 +21,10 @@ from libs.processes import Processes
 from libs.schedule import make_schedule
 from libs.training import new_network
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 IMAGES = 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Networks this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny_config(name="cifar10_uvit_tiny", images=IMAGES, **sampler):

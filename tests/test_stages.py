@@ -20,6 +20,8 @@ from libs.distillation.student import hold, legacy_labels
 from libs.errors import UserError
 from libs.training.state import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = ("--config.compute.device=cpu", "--config.compute.rows=4", "--config.backbone.patch_size=4",
         "--config.backbone.embed_dim=16", "--config.backbone.depth=2", "--config.backbone.num_heads=2")
 SHORT = ("--config.train.steps=4", "--config.train.batch_size=8", "--config.train.log_every=1",
@@ -27,15 +29,6 @@ SHORT = ("--config.train.steps=4", "--config.train.batch_size=8", "--config.trai
 DIGITS = "--config=configs/digits_uvit.py"
 DISTIL = f"{DIGITS}:progressive"
 ENDS = ("--config.distill.start_steps=16", "--config.distill.end_steps=4")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Networks this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

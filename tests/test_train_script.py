@@ -14,21 +14,14 @@ import train
 from libs.checkpoint import load_described
 from libs.training.state import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(train.__file__).parent
 TINY = ("--config=configs/digits_uvit.py", "--config.compute.device=cpu", "--config.compute.rows=4",
         "--config.backbone.patch_size=4", "--config.backbone.embed_dim=16", "--config.backbone.depth=2",
         "--config.backbone.num_heads=2", "--config.sampler.steps=2", "--config.train.steps=5",
         "--config.train.batch_size=8", "--config.train.warmup=2", "--config.train.log_every=1",
         "--config.train.save_every=2", "--config.train.preview_every=0")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Networks this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def losses_of(workdir):

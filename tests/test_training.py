@@ -24,17 +24,10 @@ from libs.training.report import Report
 from libs.training.setup import choose_precision, recompute_activations, start_network
 from libs.training.state import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 LABELLED = {"kind": "label", "num_classes": 10, "null_label": 10, "drop": 0.3}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Networks this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny_config(**train):
