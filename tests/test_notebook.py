@@ -32,7 +32,7 @@ def test_every_cell_runs(notebook, tmp_path, monkeypatch):
 
     shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in shown) == 5
-    said = next(output.text for output in shown if output.output_type == "stream" and "one step" in output.text)
+    said, = (output.data["text/plain"] for output in shown if "one step" in output.get("data", {}).get("text/plain", ""))
     assert float(said.split()[6]) < 1e-4, said  # of images from -1 to 1
 
     stages = json.loads((workdir / "students/stages.json").read_text())["stages"]

@@ -24,9 +24,10 @@ from ..policies.clockwork import Clockwork
 from ..training import Run
 from ..training.batches import DataOrder
 from ..training.ema import EMA
-from ..training.loop import INTERRUPTED, NEVER, TIME_IS_UP, StopSignals
+from ..training.loop import INTERRUPTED, TIME_IS_UP, StopSignals
 from ..training.optimizer import learning_rate, load_optimizer_state, make_optimizer
 from ..training.report import Report
+from ..training.run import NEVER, refuse_failure
 from ..training.state import Saved
 from .trajectories import Teacher, Trajectories, deep_part, reuse_runs, unrolled_error
 
@@ -242,17 +243,7 @@ class AdaptorTraining:
         self.saved_at = self.step
 
     def _refuse_failure(self) -> None:
-        """Stop, on every process, if a loss or a weight of any process is not finite."""
-        failed = int(self.failed_step)
-        if failed == NEVER and not all(each.isfinite().all() for each in self.parameters):
-            failed = self.step
-        failed = -self.processes.agree(-failed)
-        if failed != NEVER:
-            steps = self.run.checkpoints.steps()
-            last = self.run.checkpoints.path(steps[-1]) if steps else None
-            left = f"the last good checkpoint is {last}" if steps else "nothing was saved"
-            raise UserError(f"the loss is not finite at step {failed}; {left}; a lower train.lr, a longer train.warmup "
-                            "or train.clip_norm may help")
+        refuse_failure(self.run, int(self.failed_step), self.parameters, self.step)
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:

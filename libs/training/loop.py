@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from absl import logging
 from ml_collections import ConfigDict
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -30,11 +30,10 @@ from .objective import Objective
 from .optimizer import learning_rate, load_optimizer_state, make_optimizer
 from .quality import Quality, is_better
 from .report import Report
-from .run import Run
+from .run import NEVER, Run, refuse_failure
 from .setup import recompute_activations, with_precision
 from .state import Saved
 
-NEVER = 2**62  # the step of a failure that has not happened
 TIME_IS_UP, INTERRUPTED = 1, 2  # why a run stops before its last step
 
 
@@ -205,17 +204,7 @@ class Trainer:
         return {**self.description, "trained": {"steps": self.step, "batch_size": self.section.batch_size}}
 
     def _refuse_failure(self) -> None:
-        """Stop, on every process, if a loss or a weight of any process is not finite."""
-        failed = int(self.failed_step)
-        if failed == NEVER and not _all_finite(self.parameters):
-            failed = self.step
-        failed = -self.processes.agree(-failed)
-        if failed == NEVER:
-            return
-        steps = self.run.checkpoints.steps()
-        left = f"the last good checkpoint is {self.run.checkpoints.path(steps[-1])}" if steps else "nothing was saved"
-        raise UserError(f"the loss is not finite at step {failed}; {left}; a lower train.lr, a longer train.warmup or "
-                        "train.clip_norm may help")
+        refuse_failure(self.run, int(self.failed_step), self.parameters, self.step)
 
     def _same_data(self, data: ImageData) -> None:
         if self.images not in (None, len(data)):
@@ -270,8 +259,3 @@ class StopSignals:
     def _note(self, number: int, frame: Any) -> None:
         self.received = True
         signal.signal(number, signal.default_int_handler)
-
-
-def _all_finite(tensors: list[Tensor]) -> bool:
-    with torch.no_grad():
-        return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())

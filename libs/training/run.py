@@ -1,16 +1,20 @@
 """The folder of a training run: which run it is (config.json), and where it stands (ckpts)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from ml_collections import ConfigDict
+from torch import Tensor
 
 from ..errors import UserError
 from ..files import atomic_path, reason
 from ..processes import Processes
 from .state import Checkpoints, Saved
+
+NEVER = 2**62  # the step of a failure that has not happened
 
 # What may differ when a run goes on. Everything else decides what is learnt.
 FREE_SECTIONS = ("checkpoint", "compute", "policy", "sampler", "eval")
@@ -64,6 +68,27 @@ class Run:
             name = "--checkpoint" if field == "start" else f"--config.{field}"
             raise UserError(f"{name}={wanted.get(field)!r}: the run in --workdir={self.workdir} has "
                             f"{held.get(field)!r}; go on with that, or choose another folder")
+
+
+def refuse_failure(run: Run, failed_step: int, parameters: Sequence[Tensor], step: int) -> None:
+    """Stop, on every process, if a loss or a weight of any process is not finite.
+
+    failed_step: of this process's first loss that was not finite, NEVER for none. step: updates done.
+    """
+    if failed_step == NEVER and not _all_finite(parameters):
+        failed_step = step
+    failed_step = -run.processes.agree(-failed_step)
+    if failed_step == NEVER:
+        return
+    steps = run.checkpoints.steps()
+    left = f"the last good checkpoint is {run.checkpoints.path(steps[-1])}" if steps else "nothing was saved"
+    raise UserError(f"the loss is not finite at step {failed_step}; {left}; a lower train.lr, a longer train.warmup or "
+                    "train.clip_norm may help")
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    with torch.no_grad():
+        return bool(torch.stack(torch._foreach_norm(list(tensors))).isfinite().all())
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
