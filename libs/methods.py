@@ -63,6 +63,7 @@ def progressive(config: ConfigDict) -> None:
         "sampler": "ddim",  # by which students sample; ddpm is diffusion_distiller's
         "cfg_scale": 1.0,  # of the first teacher's guidance, taken over by students that need none
         "cfg_range": (),  # lowest and highest scale: an input of the students, which need one call a step
+        "pair_images": 16,  # seeds in the picture of each student below its teacher; 0 draws none
         "report_images": 0,  # images by which each student, and in the end the model itself, is measured; 0 is none
     })
     config.train.update(steps=50_000, lr=5e-5, warmup=0, decay_from=0.0, weight_decay=0.0, clip_norm=1.0, ema=0.0,

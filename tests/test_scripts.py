@@ -1,12 +1,24 @@
-"""The environment that the shell scripts share, on a stand-in for a virtual environment that notes calls."""
+"""The shell scripts, on a stand-in for a virtual environment that notes calls: the environment that they share, and the
+commands that they run, which are then run here.
+"""
 
+import importlib
+import json
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-ENV_SH = Path(__file__).parents[1] / "scripts/env.sh"
+from libs.seeds import parse_seeds
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+ENV_SH = SCRIPTS / "env.sh"
 BASH = shutil.which("bash")
 
 PYTHON = """#!{bash}
@@ -74,3 +86,143 @@ def test_python_without_venv(project):
     assert (ran.returncode, ran.stdout) == (1, "")
     assert ran.stderr.startswith("error: python3 has no venv module; install it")
     assert ran.stderr.count("\n") == 1
+
+
+# what the scripts of progressive distillation run
+
+NOTE_CALLS = """#!{bash}
+[ "$1" = -c ] && exit 0
+[ "$2" = pip ] && exit 0
+printf '%q ' "$@" >>{calls}
+echo >>{calls}
+"""
+DIGITS_TINY = ("--config.compute.device=cpu", "--config.backbone.patch_size=4", "--config.backbone.embed_dim=16",
+               "--config.backbone.depth=2", "--config.backbone.num_heads=2", "--config.train.batch_size=8")
+UNET_TINY = ("--config.compute.device=cpu", "--config.backbone.channel=8", "--config.backbone.channel_multiplier=1,2",
+             "--config.backbone.n_res_blocks=1", "--config.backbone.attn_strides=2", "--config.train.batch_size=2",
+             "--config.train.preview_every=0")
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Run scripts/NAME: (what bash says, the commands that it called, each a list of words)."""
+    venv, calls = tmp_path / "noting", tmp_path / "noted"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin/python").write_text(NOTE_CALLS.format(bash=BASH, calls=calls))
+    (venv / "bin/python").chmod(0o755)
+    (venv / "bin/activate").write_text(f"PATH={venv}/bin:$PATH\n")
+
+    def run(name, *argv, cwd=None, **env):
+        env = {"PATH": "/usr/bin:/bin", "VENV": str(venv)} | {key: str(value) for key, value in env.items()}
+        ran = subprocess.run([BASH, SCRIPTS / name, *argv], cwd=cwd, env=env, capture_output=True, text=True)
+        return ran, [shlex.split(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+
+    return run
+
+
+def run_call(run_main, call, *more):
+    """Run one of the commands here, with more flags."""
+    name, argv = (call[1], call[2:]) if call[0] == "-m" else (call[0].removesuffix(".py"), call[1:])
+    ran = run_main(importlib.import_module(name).main, *argv, *more)
+    assert ran.status == 0, (call, ran.stderr)
+    return ran
+
+
+def heads(calls):
+    return [call[1] if call[0] == "-m" else call[0] for call in calls]
+
+
+def test_digits(run_script, run_main, tmp_path):
+    out = tmp_path / "a folder"
+    ran, calls = run_script("digits.sh", out)
+    assert ran.returncode == 0, ran.stderr
+    assert heads(calls) == ["train.py", "distillate.py", *["sample.py"] * 4, "libs.montage", "libs.summary"]
+    short = {"train.py": ["--config.train.steps=2"], "distillate.py": ["--config.distill.updates=2"],
+             "libs.montage": [], "libs.summary": []}
+    for call in calls:
+        more = () if call[0] == "-m" else DIGITS_TINY
+        run_call(run_main, call, *more, *short.get(call[0], []))
+    nfe = {name: json.loads((out / name / "summary.json").read_text()) for name in
+           ("base_16", "base_4", "student_8", "student_4")}
+    assert [(each["nfe"], each["cfg_scale"]) for each in nfe.values()] == [(16, 2.5), (4, 2.5), (8, 1.0), (4, 1.0)]
+    assert Image.open(out / "montage.png").height == 4 + 4 * (64 + 4)
+
+
+@pytest.mark.parametrize("method", ["progressive", "hramchenko"])
+def test_celebahq256(run_script, run_main, tmp_path, method):
+    images, workdir = tmp_path / "images of faces", tmp_path / "run"
+    images.mkdir()
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 18, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{i}.png")
+    ran, calls = run_script(
+        "celebahq256_unet.sh", images.name, *UNET_TINY, cwd=tmp_path, METHOD=method, WORKDIR=workdir, SIZE=16,
+        UPDATES_BASE=2, UPDATES="2,1", START=16, END=4, FULL=16, FEW=8, SEEDS="0-1", CLIPPING="0.5 1",
+        DISTIL_FLAGS="--config.distill.gamma=0 --config.distill.clip_teacher=true")
+    assert ran.returncode == 0, ran.stderr
+    assert heads(calls) == ["prepare_data.py", "train.py", "distillate.py", *["sample.py"] * 3, "libs.montage",
+                            *["sample.py"] * 2, "libs.montage"]
+    for call in calls:
+        run_call(run_main, call)
+
+    stages = json.loads((workdir / method / "stages.json").read_text())["stages"]
+    assert [(stage["steps"], stage["done"]) for stage in stages] == [(8, 2), (4, 1)]
+    samples = workdir / f"{method}_samples"
+    made = {path.parent.name: json.loads(path.read_text()) for path in samples.glob("*/summary.json")}
+    sampler = {"progressive": "ddim", "hramchenko": "ddpm"}[method]
+    assert {name: (each["sampler"], each["nfe"]) for name, each in made.items()} == {
+        "base_16": (sampler, 16), "base_8": (sampler, 8), "student_4": (sampler, 4), "clipped_0.5": ("clipped", 4),
+        "clipped_1": ("clipped", 4)}
+    rows = {samples / "student_4/montage.png": 5, workdir / f"{method}_steps.png": 3,
+            workdir / f"{method}_clipping.png": 2}
+    assert {path: (Image.open(path).height - 4) / (64 + 4) for path in rows} == rows
+    two = [np.array(Image.open(samples / f"clipped_{value}/000000.png")).astype(int) for value in ("0.5", "1")]
+    assert abs(two[0] - 127.5).max() <= 64 < abs(two[1] - 127.5).max()
+
+
+def test_celebahq256_lengths_are_those_of_the_recipe(run_script, tmp_path):
+    _, calls = run_script("celebahq256_unet.sh", tmp_path)
+    flags = dict(word.split("=", 1) for call in calls[1:3] for word in call[1:])
+    updates = [int(each) for each in flags["--config.distill.updates"].split(",")]
+    assert [round(3 * each, -3) for each in updates] == [5000] * 4 + [10_000] * 3
+    assert flags["--config.train.steps"] == "50000"
+    assert (flags["--config.distill.start_steps"], flags["--config.distill.end_steps"]) == ("1024", "8")
+
+
+@pytest.mark.parametrize(("argv", "env", "message"), [
+    ([], {}, "error: no folder of images given; usage: bash scripts/celebahq256_unet.sh IMAGES [FLAGS]\n"),
+    (["nowhere"], {}, "is no folder; want one with CelebA-HQ's pictures\n"),
+    (["."], {"METHOD": "fast"}, "error: METHOD=fast: choose from progressive, hramchenko\n"),
+])
+def test_celebahq256_refuses(run_script, argv, env, message):
+    ran, calls = run_script("celebahq256_unet.sh", *argv, **env)
+    assert (ran.returncode, calls) == (2, [])
+    assert ran.stderr.endswith(message)
+    assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [{}, {"START": 16, "END": 4, "UPDATES": 7, "SAMPLES": 9, "PRECISION": "bf16"}])
+def test_cifar10(run_script, run_main, given):
+    ran, calls = run_script("cifar10_unet.sh", "--config.data.download=true", **given)
+    assert ran.returncode == 0, ran.stderr
+    steps = [8, 4] if given else [512, 256, 128, 64, 32, 16, 8, 4, 2]
+    assert heads(calls) == ["distillate.py", *["eval.py"] * (1 + len(steps)), "libs.montage"] * 2
+    for model, part in (("cifar10_unet", calls[:len(calls) // 2]), ("cifar10_uvit_tiny", calls[len(calls) // 2:])):
+        assert all(f"configs/{model}.py" in call[1] for call in part[:-1])
+        for call in part[:-1]:
+            run_call(run_main, call, "--help")
+        asked = [set(call) for call in part]
+        assert "--config.data.download=true" in asked[0]
+        assert ("--config.distill.updates=7" in asked[0]) == bool(given)
+        assert all(f"--config.compute.precision={given.get('PRECISION', 'fp32')}" in each for each in asked[:-1])
+        checkpoints = [word for call in part for word in call if word.startswith("--checkpoint=")]
+        assert checkpoints == [f"--checkpoint=runs/cifar10_students/{model}/steps_{n:04d}" for n in steps]
+        seeds = [word.partition("=")[2] for call in part for word in call if word.startswith("--seeds=")]
+        assert [len(parse_seeds(each)) for each in seeds] == ([9] * 4 if given else [500] * 10 + [16])
+        assert len(part[-1]) == 4 + 1 + len(steps)
+
+
+def test_cifar10_one_model(run_script):
+    _, calls = run_script("cifar10_unet.sh", MODELS="cifar10_uvit_tiny", START=8)
+    assert all("cifar10_unet" not in word for call in calls for word in call)
+    assert calls

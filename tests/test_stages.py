@@ -28,7 +28,7 @@ SHORT = ("--config.train.steps=4", "--config.train.batch_size=8", "--config.trai
          "--config.train.save_every=2", "--config.train.preview_every=0")
 DIGITS = "--config=configs/digits_uvit.py"
 DISTIL = f"{DIGITS}:progressive"
-ENDS = ("--config.distill.start_steps=16", "--config.distill.end_steps=4")
+ENDS = ("--config.distill.start_steps=16", "--config.distill.end_steps=4", "--config.distill.pair_images=2")
 
 
 @pytest.fixture(scope="module")

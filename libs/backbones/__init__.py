@@ -1,4 +1,7 @@
-"""Networks: `net(x, timesteps, y=None, context=None) -> out`, out shaped like x (b, c, h, w)."""
+"""Networks: `net(x, timesteps, y=None, context=None) -> out`, out shaped like x (b, c, h, w).
+
+One that predicts both x_0 and eps has twice the channels; one made by guidance.py also takes `guidance` (b,).
+"""
 
 from collections.abc import Callable
 

@@ -40,7 +40,6 @@ from .progressive import student_sampler
 from .quality_curve import DDIM, DPM_SOLVER_PP, LABELS, STUDENT, draw, report_text
 from .student import make_guidance
 
-PICTURE = range(16)  # seeds of the pictures
 REFERENCE = 50  # DDIM steps of the model itself, drawn as a line
 FILE = "report.json"
 MEASURED_BY = ("metrics", "reference", "fid_mode", "features")  # fields of the eval section that decide a score
@@ -134,8 +133,9 @@ class StageReport:
         self.config = ConfigDict(config.to_dict())
         self.config.compute.precision = precision
         self.workdir, self.processes, self.device = workdir, processes, processes.device
-        if config.distill.report_images < 0:
-            raise UserError(f"--config.distill.report_images={config.distill.report_images} must be at least 0")
+        for name in ("pair_images", "report_images"):
+            if config.distill[name] < 0:
+                raise UserError(f"--config.distill.{name}={config.distill[name]} must be at least 0")
         self.seeds = list(range(config.distill.report_images)) if config.eval.metrics else []
         self.held = self._read()
         if self.seeds:
@@ -148,7 +148,7 @@ class StageReport:
         (above, taught, double), (below, model, steps) = teacher, student
         sampling = sample_student(self.config, model, steps)
         weights = weights_digest(model[0]) if self.processes.is_main else ""
-        if self.processes.is_main:
+        if self.processes.is_main and self.config.distill.pair_images:
             self._picture(name, steps, weights, {above: sample_teacher(self.config, taught, double, model[1]),
                                                  below: sampling})
         if self.seeds:
@@ -180,7 +180,7 @@ class StageReport:
 
     def _picture(self, name: str, steps: int, weights: str, rows: Mapping[str, Sampling]) -> None:
         path = self.workdir / "pairs" / f"{name}.png"
-        of = _digest(weights, *(each.settings() for each in rows.values()))
+        of = _digest(weights, self.config.distill.pair_images, *(each.settings() for each in rows.values()))
         if path.exists() and self.held["pairs"].get(name) == of:
             return
         picture = montage([(caption, self._images(sampling)) for caption, sampling in rows.items()])
@@ -193,7 +193,7 @@ class StageReport:
 
     def _images(self, sampling: Sampling) -> Tensor:
         """uint8 (n, h, w, c) of the pictures' seeds."""
-        chain, seeds = sampling.chain(self.device), list(PICTURE)
+        chain, seeds = sampling.chain(self.device), list(range(self.config.distill.pair_images))
         batches = chain.images(seeds, parse_labels(None, seeds, chain.num_classes))
         images = torch.cat([images.cpu() for _, images in batches])
         del chain, batches

@@ -30,7 +30,7 @@ from .student import make_guidance, prepare_halving, refuse_other_schedule, stud
 CONVERT = "convert"  # folder of stage 0
 LONGER_FROM, LONGER = 2, 2  # students of so few steps learn twice as long, as in the paper
 OF_A_STAGE = ("start_steps", "end_steps", "stages", "updates", "lr", "ema", "convert_updates", "convert_lr",
-              "convert_ema", "report_images")  # fields of the distill section by which stages are planned
+              "convert_ema", "pair_images", "report_images")  # fields of the distill section that plan and report
 Model = tuple[nn.Module, dict[str, Any]]  # a network and the description of its checkpoint
 
 
