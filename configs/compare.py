@@ -3,7 +3,9 @@
 Cheap cells come first. Plain sampling at the same sampler and steps, and with the steps that cost what a method costs
 (equal multiply-adds, rounded to the nearest whole step, at least 1), join every method by themselves.
 
-A method is a policy with its settings (fields of config.policy); `needs` is a file without which it is left out.
+A method is a policy with its settings (fields of config.policy); `needs` is a file without which it is left out. The
+students of progressive distillation are models of their own, which sample in their own number of steps; policies come on
+top of them.
 """
 
 RESNET = "assets/adaptors/clockwork_resnet_cifar10_unet.safetensors"
@@ -22,9 +24,14 @@ for keys, label in (("every:2", "every2"), ("every:4", "every4"), ("paper", "pap
         {"label": f"encoder_{label}_noise", "policy": "encoder_propagation", "settings": {"key_steps": keys} | NOISE},
     ]
 
+ON_STUDENTS = [method for method in METHODS if method["label"] in ("full", "clockwork_2", "encoder_every2")]
+STUDENTS = [{"checkpoint": f"cifar10_unet_student_{steps}", "steps": steps} for steps in (4, 8)]
 SAMPLERS = [("dpm_solver_pp", 8), ("dpm_solver_pp", 20), ("ddim", 50)]
 
 
 def get_grid() -> list[dict]:
-    return [{"config": "configs/cifar10_unet.py", "sampler": sampler, "steps": steps} | method
-            for sampler, steps in SAMPLERS for method in METHODS]
+    unet = {"config": "configs/cifar10_unet.py"}
+    students = [unet | {"sampler": "ddim", "fixed": True} | student | method
+                for student in STUDENTS for method in ON_STUDENTS]
+    return students + [unet | {"sampler": sampler, "steps": steps} | method
+                       for sampler, steps in SAMPLERS for method in METHODS]

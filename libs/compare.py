@@ -78,8 +78,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        parts = [Path(self.config).stem, self.checkpoint and Path(self.checkpoint).stem, self.label, self.sampler]
-        return "_".join([*filter(None, parts), str(self.steps)])
+        return "_".join([Path(self.checkpoint or self.config).stem, self.label, self.sampler, str(self.steps)])
 
     @property
     def plain(self) -> "Cell":

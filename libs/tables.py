@@ -183,7 +183,15 @@ def speed_table(paths: Iterable[str | Path]) -> str:
     return read_table(paths)
 
 
-TABLES = {"results": results_table, "compare": compare_table, "safety": safety_table, "speed": speed_table}
+def students_table(paths: Iterable[str | Path]) -> str:
+    """The table of one progressive distillation (`libs.distillation.stage_report`)."""
+    from .distillation.quality_curve import read_table  # stands above this module
+
+    return read_table(paths)
+
+
+TABLES = {"results": results_table, "students": students_table, "compare": compare_table, "safety": safety_table,
+          "speed": speed_table}
 
 
 def fill_tables(text: str, root: Path) -> str:

@@ -56,7 +56,7 @@ def test_names_and_commands_of_the_declared_grid():
     assert cell.plain.name == "cifar10_unet_full_dpm_solver_pp_8"
     assert cell.plain in cells
     student = Cell("configs/a.py", "ddim", 4, checkpoint="runs/student")
-    assert student.name == "a_student_full_ddim_4"
+    assert student.name == "student_full_ddim_4"
     assert student.overrides == {"sampler.name": "ddim", "sampler.steps": "4"}
 
 

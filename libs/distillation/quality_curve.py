@@ -5,12 +5,13 @@ A score is {"kind": STUDENT, DDIM or DPM_SOLVER_PP, "steps": N, "calls": of the 
 "metrics": {name: {"value": ...}}}; the last two kinds are samplers of the model itself.
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..files import atomic_path
-from ..markdown import markdown_table
+from ..markdown import EMPTY, markdown_table
 
 STUDENT, DDIM, DPM_SOLVER_PP = "student", "ddim", "dpm_solver_pp"
 LABELS = {STUDENT: "student", DDIM: "DDIM", DPM_SOLVER_PP: "DPM-Solver++"}
@@ -35,21 +36,30 @@ def _is_guided(scores: Sequence[Mapping]) -> bool:
     return any(score["calls"] > score["steps"] for score in scores)
 
 
+def quality_table(scores: Sequence[Mapping], metric: str) -> str:
+    """One row a number of steps: the student, and the model itself by its samplers."""
+    texts = {(score["kind"], score["steps"]): f"{_value(score, metric):.4g}" for score in scores}
+    kinds = [kind for kind in LABELS if any(kind == score["kind"] for score in scores)]
+    steps = sorted({score["steps"] for score in scores}, reverse=True)
+    return markdown_table({"steps": n, **{LABELS[kind]: texts.get((kind, n), EMPTY) for kind in kinds}} for n in steps)
+
+
+def read_table(paths: Iterable[str | Path]) -> str:
+    """The table of the first metric of a run's report.json, the reference among its rows."""
+    [path] = paths
+    scores = list(json.loads(Path(path).read_text())["scores"].values())
+    return quality_table(scores, next(iter(scores[0]["metrics"])))
+
+
 def report_text(scores: Sequence[Mapping], reference: Mapping) -> str:
     """quality.md: a table for each metric, one row a number of steps."""
     parts = ["# Quality of the students"]
-    by_place = {(score["kind"], score["steps"]): score for score in scores}
     for metric in reference["metrics"]:
-        rows = []
-        for steps in sorted({score["steps"] for score in scores}, reverse=True):
-            found = {LABELS[kind]: by_place.get((kind, steps)) for kind in LABELS}
-            values = {label: f"{_value(score, metric):.4g}" for label, score in found.items() if score}
-            rows.append({"steps": steps, **values})
         images = reference["images"]
         parts += [f"## {metric}, {images:,} images a number",
                   f"Seeds 0 to {images - 1}. DDIM and DPM-Solver++ (2M) sample the students' first teacher; by DDIM at "
                   f"{reference['steps']} steps it has {_value(reference, metric):.4g}.",
-                  markdown_table(rows)]
+                  quality_table(scores, metric)]
     if _is_guided([*scores, reference]):
         two = [LABELS[kind] for kind in LABELS if _is_guided([each for each in scores if each["kind"] == kind])]
         parts.append(f"A step takes two calls of the network, for guidance, in the columns {', '.join(two)}.")
