@@ -115,14 +115,14 @@ def test_features_are_those_that_the_policy_sees(released, guidance):
         def forward(self, deep: DeepFeatures):
             step = 2 * len(seen) + 1
             seen.append(deep)
-            assert torch.equal(deep.r_in, data.r_in[group, step])
-            assert torch.equal(deep.temb, data.temb[group, step])
-            assert torch.equal(deep.r_prev, data.r_out[group, step - 1])
+            for given, recorded in ((deep.r_in, data.r_in[group, step]), (deep.temb, data.temb[group, step]),
+                                    (deep.r_prev, data.r_out[group, step - 1])):
+                torch.testing.assert_close(given, recorded, atol=1e-5, rtol=1e-5)  # some processors differ in last bits
             return data.r_out[group, step]
 
     cache = Clockwork(2, adaptor=Oracle(8, 16, 32, 16)).attach(chain.policy.net)
     chain.policy = chain.denoiser.net = cache
-    assert torch.equal(chain.sample(seeds[:4], labels), plain)
+    torch.testing.assert_close(chain.sample(seeds[:4], labels), plain, atol=1e-5, rtol=1e-5)
     assert len(seen) == 2
 
 

@@ -15,11 +15,11 @@ from libs.checkpoint import build_backbone, load_described, read, save_backbone
 from libs.errors import UserError
 from libs.factory import load_function
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODULE = """
 import torch
 from torch import nn
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 class Net(nn.Module):
     def __init__(self, channels=1, labels=0):
@@ -207,6 +207,7 @@ def test_checkpoint_pt_of_an_own_model(module, tmp_path):
     torch.save({"G": net.state_dict(), "n_timesteps": 8, "time_scale": 128}, tmp_path / "checkpoint.pt")
     config = config_files.load("configs/own_model.py")
     config.backbone.factory = f"{module}:make_model"
+    config.data.update(image_size=8, channels=1)
     loaded, description = build.load_model(config, str(tmp_path / "checkpoint.pt"))
     assert torch.equal(loaded.conv.weight, net.conv.weight)
     assert description["denoiser"]["time_scale"] == 128
