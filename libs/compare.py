@@ -105,7 +105,7 @@ class Cell:
 
 def load_grid(path: str) -> list[Cell]:
     """The cells that `get_grid()` of the file `path` lists as dicts of `Cell`'s fields."""
-    place = next((each for each in (Path(path), config_files.ROOT / path) if each.is_file()), None)
+    place = config_files.find_file(path)
     if place is None:
         raise UserError(f"--grid={path}: no such file")
     try:

@@ -172,10 +172,15 @@ def _element(text: str, default: tuple | list | None) -> Any:
     return text
 
 
+def find_file(name: str) -> Path | None:
+    """The file of that name in the working directory or, failing that, in the repository; None where there is none."""
+    return next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
+
+
 def _find(name: str) -> Path:
-    for path in (Path(name), ROOT / name):
-        if path.is_file():
-            return path
+    path = find_file(name)
+    if path is not None:
+        return path
     raise UserError(f"--config={name}: no such file; choose from {', '.join(known_files())}")
 
 

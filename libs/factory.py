@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .config import ROOT, describe_error
+from .config import describe_error, find_file
 from .errors import UserError
 
 MODEL = "backbone.factory"
@@ -99,10 +99,10 @@ def _split(field: str, text: str) -> tuple[Path, str]:
     name, _, function = text.rpartition(":")
     if not name or not function:
         raise UserError(f"{field}={text!r}: want path/to/module.py:function")
-    for path in (Path(name), ROOT / name):
-        if path.is_file():
-            return path.resolve(), function
-    raise UserError(f"{field}={text!r}: there is no file {name}")
+    path = find_file(name)
+    if path is None:
+        raise UserError(f"{field}={text!r}: there is no file {name}")
+    return path.resolve(), function
 
 
 @contextlib.contextmanager

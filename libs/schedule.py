@@ -7,6 +7,7 @@ DPM-Solver does; t = 0 is clean data.
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -15,21 +16,24 @@ from torch.nn.functional import logsigmoid
 from .errors import UserError, choose
 
 
-class Schedule:
-    """A pair (alpha_t, sigma_t) of amplitudes. Subclasses give `log_alpha`, `log_sigma`, `t_of_lambda`."""
+class Schedule(ABC):
+    """A pair (alpha_t, sigma_t) of amplitudes. Subclasses give `log_alpha`, `t_of_lambda` and `drift`, and where they
+    do not preserve the variance, `log_sigma` and `diffusion2`.
+    """
 
     steps: int | None = None  # N of a discrete schedule
 
+    @abstractmethod
     def log_alpha(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+        """log alpha at t."""
 
     def log_sigma(self, t: Tensor) -> Tensor:
         """Variance preserving: sigma^2 = 1 - alpha^2."""
         return 0.5 * torch.log(-torch.expm1(2 * self.log_alpha(t)))
 
+    @abstractmethod
     def t_of_lambda(self, lam: Tensor) -> Tensor:
         """The t at which log(alpha / sigma) is lam."""
-        raise NotImplementedError
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.log_alpha(t).exp()
@@ -44,9 +48,9 @@ class Schedule:
     def logsnr(self, t: Tensor) -> Tensor:
         return 2 * self.lambda_(t)
 
+    @abstractmethod
     def drift(self, t: Tensor) -> Tensor:
         """f(t) = d log alpha / dt of the forward SDE dx = f x dt + g dw."""
-        raise NotImplementedError
 
     def diffusion2(self, t: Tensor) -> Tensor:
         """g(t)^2 = d sigma^2 / dt - 2 f sigma^2; -2 f when variance preserving."""

@@ -4,8 +4,6 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +11,12 @@ import torch
 from absl import logging
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import atomic_path, reason
+from .parallel import cores, items
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
@@ -54,7 +54,7 @@ def read_folder(
         files are the same. A folder that cannot be written is no error, only slower the next time.
     Raises UserError for an image that is unreadable or smaller than image_size.
     """
-    stored = _cache_file(root, names, image_size, channels) if cache else None
+    stored = cache_file(root, files_digest(root, names), image_size, channels) if cache else None
     if stored is not None and stored.is_file():
         # Copy-on-write pages: processes on one machine share them, and nothing is read before it is needed.
         # ValueError: the file is damaged, so it is made again.
@@ -141,48 +141,59 @@ def _crop_and_resize(image: Image.Image, size: int, path: str) -> Image.Image:
     return image if short == size else image.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def _decode_chunk(files: list[str], image_size: int, channels: int) -> np.ndarray:
-    return np.stack([decode(path, image_size, channels) for path in files])
+class _Chunks(Dataset):
+    """Decoded images of the `files`, so many an item that it is worth handing over; a UserError where one is bad."""
+
+    def __init__(self, files: list[str], image_size: int, channels: int):
+        self.files, self.image_size, self.channels = files, image_size, channels
+        self.step = max(1, CHUNK_BYTES // (image_size**2 * channels))
+
+    def __len__(self) -> int:
+        return -(-len(self.files) // self.step)
+
+    def __getitem__(self, number: int) -> np.ndarray | UserError:
+        files = self.files[number * self.step:(number + 1) * self.step]
+        try:
+            return np.stack([decode(path, self.image_size, self.channels) for path in files])
+        except UserError as error:
+            return error
 
 
 def _decode_all(files: list[str], image_size: int, channels: int, workers: int) -> np.ndarray:
     array = np.empty((len(files), image_size, image_size, channels), np.uint8)
-    step = max(1, CHUNK_BYTES // array[0].nbytes)
-    chunks = [files[start : start + step] for start in range(0, len(files), step)]
-    task = partial(_decode_chunk, image_size=image_size, channels=channels)
-    workers = workers or min(8, os.cpu_count() or 1)
+    # By processes, since small PNGs hold Python's lock while they decode.
+    workers = (workers or min(8, cores())) if len(files) >= PARALLEL_FROM else 1
     done = 0
     with tqdm(total=len(files), desc="reading images", unit="image", delay=1) as bar:
-        for part in _parallel(task, chunks, workers if len(files) >= PARALLEL_FROM else 1):
+        for part in items(_Chunks(files, image_size, channels), workers, "data.workers"):
+            if isinstance(part, UserError):
+                raise part
             array[done : done + len(part)] = part
             done += len(part)
             bar.update(len(part))
     return array
 
 
-def _parallel(task, chunks: list, workers: int) -> Iterator[np.ndarray]:
-    """`map(task, chunks)` in order. By processes, since small PNGs hold Python's lock while they decode."""
-    if workers <= 1:
-        yield from map(task, chunks)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        try:
-            yield from pool.map(task, chunks)
-        except BrokenExecutor as error:
-            raise UserError(
-                f"data.workers={workers}: a reading process died (out of memory?); try 1"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _cache_file(root: Path, names: list[str], image_size: int, channels: int) -> Path:
-    """Where the decoded array of exactly these files would be stored."""
+def files_digest(root: str | Path, names: list[str]) -> str:
+    """SHA-256 of the names, sizes and times of the files `root/name`: the same as long as the files are."""
     digest = hashlib.sha256()
     for name in names:
         status = os.stat(f"{root}/{name}")
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return root / f".images_{image_size}x{channels}_{digest.hexdigest()[:16]}.npy"
+    return digest.hexdigest()
+
+
+def cache_file(folder: Path, digest: str, image_size: int, channels: int) -> Path:
+    """Where the decoded images of one state of a folder, or of a database in it, are kept."""
+    return folder / f".images_{image_size}x{channels}_{digest[:16]}.npy"
+
+
+def drop_outdated(stored: Path) -> None:
+    """Remove what is kept of older states, and say what is kept now."""
+    for outdated in stored.parent.glob(stored.name.rsplit("_", 1)[0] + "_*.npy"):
+        if outdated != stored:
+            outdated.unlink(missing_ok=True)
+    logging.info("kept the decoded images in %s", stored)
 
 
 def _store(stored: Path, array: np.ndarray) -> None:
@@ -190,10 +201,6 @@ def _store(stored: Path, array: np.ndarray) -> None:
     try:
         with atomic_path(stored) as temporary, open(temporary, "wb") as file:
             np.save(file, array)
-        for outdated in stored.parent.glob(stored.name.rsplit("_", 1)[0] + "_*.npy"):
-            if outdated != stored:
-                outdated.unlink()
+        drop_outdated(stored)
     except (UserError, OSError) as error:
         logging.info("the images will be read again next time: %s", error)
-        return
-    logging.info("kept the decoded images in %s", stored)

@@ -9,7 +9,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import atomic_path, reason
-from .folder import MODES, decode, list_images
+from .folder import MODES, cache_file, decode, drop_outdated, files_digest, list_images
 from .parallel import cores, items
 
 LENGTH, RECORD = b"length", b"record"
@@ -102,7 +101,7 @@ def pack_images(
     packed, or a size is added that one of them is too small for.
     """
     names = list_images(images, "--images")
-    fresh = Record(len(names), _digest(images, names), resample, [], [], 0, [])
+    fresh = Record(len(names), files_digest(images, names), resample, [], [], 0, [])
     with _open_to_write(out) as env:
         held = _held(env, out)
         record = fresh if held is None else _agreed(Record.from_bytes(held, f"--out={out}"), fresh, out)
@@ -190,14 +189,6 @@ def _jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _digest(root: str | Path, names: list[str]) -> str:
-    digest = hashlib.sha256()
-    for name in names:
-        status = os.stat(f"{root}/{name}")
-        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def _open_to_write(out: str | Path) -> Iterator[Any]:
     lmdb = _package("prepare_data.py lmdb")
@@ -259,7 +250,7 @@ def read_lmdb(path: Path, image_size: int, channels: int, workers: int = 0, cach
     """
     with _open_to_read(path) as env, env.begin() as txn:
         shape = (_length(txn, path, image_size), image_size, image_size, channels)
-        stored = _stored_file(path, image_size, channels)
+        stored = cache_file(path, files_digest(path, ["data.mdb"]), image_size, channels)
         with contextlib.suppress(OSError, ValueError):  # missing or damaged: it is made
             return torch.from_numpy(np.load(stored, mmap_mode="c"))
         parts = _decoded(txn, path, shape, workers or min(8, cores()))
@@ -273,10 +264,7 @@ def read_lmdb(path: Path, image_size: int, channels: int, workers: int = 0, cach
             np.lib.format.write_array_header_1_0(file, header)
             for _, part in parts:
                 file.write(part.data)
-    for outdated in path.glob(stored.name.rsplit("_", 1)[0] + "_*.npy"):
-        if outdated != stored:
-            outdated.unlink(missing_ok=True)
-    logging.info("kept the decoded images in %s", stored)
+    drop_outdated(stored)
     return torch.from_numpy(np.load(stored, mmap_mode="c"))
 
 
@@ -352,13 +340,6 @@ def _decode(name: bytes, jpeg: bytes | None, size: int, channels: int, path: Pat
     if image.size != (size, size):
         raise UserError(f"{where} has {image.width}x{image.height} pixels")
     return np.array(image).reshape(size, size, channels)
-
-
-def _stored_file(path: Path, image_size: int, channels: int) -> Path:
-    """Where the decoded images of this state of the database would be."""
-    status = (path / "data.mdb").stat()
-    digest = hashlib.sha256(f"{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()
-    return path / f".images_{image_size}x{channels}_{digest[:16]}.npy"
 
 
 def _has_room(path: Path, nbytes: int) -> bool:

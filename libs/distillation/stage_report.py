@@ -28,7 +28,7 @@ from ..build import MODEL_SECTIONS, adopt_sampler, load_model, make_chain, prepa
 from ..checkpoint import STAGES
 from ..data.images import save_png
 from ..errors import UserError
-from ..evaluation import Metrics, Request, score_seeds
+from ..evaluation import Metrics, Request
 from ..files import atomic_path, reason
 from ..generate import Chain
 from ..methods import dpm_solver_pp
@@ -36,6 +36,7 @@ from ..montage import montage
 from ..processes import Processes
 from ..schedule import make_schedule
 from ..seeds import parse_labels
+from ..training.quality import score
 from .progressive import student_sampler
 from .quality_curve import DDIM, DPM_SOLVER_PP, LABELS, STUDENT, draw, report_text
 from .student import make_guidance
@@ -208,14 +209,10 @@ class StageReport:
         if self.processes.agree(int(known)):
             return
         logging.info("scoring %s at %d step%s", LABELS[kind], steps, "s" * (steps > 1))
-        chain, metrics = sampling.chain(self.device), copy.deepcopy(self._fresh)
-        labels = parse_labels(None, self.seeds, chain.num_classes)
-        label_of = dict(zip(self.seeds, labels, strict=True)) if labels else None
-        score_seeds(metrics, chain, self.processes.share(self.seeds, chain.rows), label_of, bar=self.processes.is_main)
-        measured = metrics.compute(self.processes)
-        pair = labels is not None and chain.cfg_scale != 1 and not chain.takes_scale
-        calls = chain.nfe * (2 if pair else 1)
-        del chain, metrics
+        chain = sampling.chain(self.device)
+        measured = score(self._fresh, chain, self.seeds, self.processes)
+        calls = chain.nfe * (2 if chain.num_classes and chain.cfg_scale != 1 and not chain.takes_scale else 1)
+        del chain
         self._free()
         if not self.processes.is_main:
             return

@@ -28,12 +28,19 @@ class Quality:
 
     def measure(self) -> dict[str, float]:
         """{metric: value} on the main process, {} on others."""
-        metrics = copy.deepcopy(self._fresh)  # they add up; the next measurement starts from nothing
-        labels = parse_labels(None, self.seeds, self.chain.num_classes)
-        label_of = dict(zip(self.seeds, labels, strict=True)) if labels else None
-        own = self.processes.share(self.seeds, self.chain.rows)
-        score_seeds(metrics, self.chain, own, label_of, bar=self.processes.is_main)
-        return {name: each["value"] for name, each in metrics.compute(self.processes).items()}
+        return {name: each["value"] for name, each in score(self._fresh, self.chain, self.seeds,
+                                                            self.processes).items()}
+
+
+def score(fresh: Metrics, chain: Chain, seeds: list[int], processes: Processes) -> dict[str, dict]:
+    """What `fresh` metrics, which stay as they are, measure on images of these seeds, labels in turn; the processes
+    share the seeds, and all but the main one get {}.
+    """
+    metrics = copy.deepcopy(fresh)  # they add up; the next measurement starts from nothing
+    labels = parse_labels(None, seeds, chain.num_classes)
+    label_of = dict(zip(seeds, labels, strict=True)) if labels else None
+    score_seeds(metrics, chain, processes.share(seeds, chain.rows), label_of, bar=processes.is_main)
+    return metrics.compute(processes)
 
 
 def is_better(values: dict[str, float], best: float | None) -> bool:

@@ -64,14 +64,15 @@ def choose_precision(config: ConfigDict) -> str:
 def new_network(config: ConfigDict) -> tuple[nn.Module, dict[str, Any]]:
     """(backbone with weights drawn from the config's seed, description)."""
     torch.manual_seed(config.seed)
-    return build_backbone(config.backbone), describe(config)
+    net, description = build_backbone(config.backbone), describe(config)
+    refuse_other_size(net, description)
+    return net, description
 
 
 def start_network(config: ConfigDict, start: str | None) -> tuple[nn.Module, dict[str, Any]]:
     """(backbone, description): the weights that `start` names, or new ones."""
     net, description = load_model(config, start) if start else new_network(config)
     description = {name: description[name] for name in (*MODEL_SECTIONS, "image")}
-    refuse_other_size(net, description)
     if description["cond"]["kind"] == "none" and getattr(net, "num_classes", -1) > 0:
         raise UserError("cond.kind='none', but the network has classes (backbone.num_classes="
                         f"{net.num_classes}); choose label")
