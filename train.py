@@ -20,8 +20,8 @@ from libs.training import (
     Run,
     Trainer,
     choose_precision,
-    diffusion_loss,
     load_training_data,
+    make_objective,
     start_network,
     validate,
 )
@@ -49,7 +49,7 @@ def train(config, flags) -> int:
         return 0
 
     net, description = start_network(config, flags.checkpoint)
-    trainer = Trainer(config, run, net, description, diffusion_loss, precision)
+    trainer = Trainer(config, run, net, description, make_objective(config), precision)
     trainer.restore(saved)
     status = trainer.train(load_training_data(config.data, description, processes.device), began)
     processes.close()

@@ -9,7 +9,7 @@ Train from scratch (fp16):
 """
 
 from libs.defaults import base_config, uvit_backbone
-from libs.methods import METHODS, apply_methods
+from libs.methods import apply_methods, with_early_exit
 
 
 def get_config(methods: str = ""):
@@ -24,5 +24,5 @@ def get_config(methods: str = ""):
         steps=500_000, batch_size=128, lr=2e-4, betas=(0.99, 0.999), weight_decay=0.03, warmup=2500, ema=0.9999,
     )
     config.eval.metrics = ("fid",)
-    apply_methods(config, methods, METHODS)
+    apply_methods(config, methods, with_early_exit(threshold=0.92, steps=75_000, batch_size=512, lr=4e-4))
     return config

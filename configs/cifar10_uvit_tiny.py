@@ -8,7 +8,7 @@ Expect a final loss of 0.0302 and images like the released ones, within the nois
 """
 
 from libs.defaults import base_config
-from libs.methods import METHODS, apply_methods
+from libs.methods import apply_methods, with_early_exit
 
 
 def get_config(methods: str = ""):
@@ -24,5 +24,6 @@ def get_config(methods: str = ""):
         steps=9860, batch_size=512, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.03, warmup=500, decay_from=0.4,
         clip_norm=1.0, ema=0.9998, eval_every=2000, save_every=1000, preview_every=1000,
     )
-    apply_methods(config, methods, METHODS)
+    apply_methods(config, methods, with_early_exit(threshold=0.92, steps=480, batch_size=32, lr=2e-4, warmup=20, decay_from=0.5, ema=0.99,
+                                                    save_every=20, preview_every=0, eval_every=0, log_every=10))
     return config

@@ -10,7 +10,7 @@ Train from scratch (fp16):
 """
 
 from libs.defaults import base_config, uvit_backbone
-from libs.methods import METHODS, apply_methods
+from libs.methods import apply_methods, with_early_exit
 
 
 def get_config(methods: str = ""):
@@ -29,5 +29,5 @@ def get_config(methods: str = ""):
         ema=0.9999, grad_checkpoint=True,
     )
     config.eval.metrics = ("fid",)
-    apply_methods(config, methods, METHODS)
+    apply_methods(config, methods, with_early_exit(threshold=0.92, steps=110_000))
     return config

@@ -8,7 +8,7 @@ conditioning, `cond.kind="text"`, which train.py and sample.py refuse for now.
 """
 
 from libs.defaults import base_config, uvit_backbone
-from libs.methods import METHODS, apply_methods
+from libs.methods import apply_methods, with_early_exit
 
 
 def get_config(methods: str = ""):
@@ -27,5 +27,5 @@ def get_config(methods: str = ""):
         steps=1_000_000, batch_size=256, lr=2e-4, betas=(0.9, 0.9), weight_decay=0.03, warmup=5000, ema=0.9999,
     )
     config.eval.metrics = ("fid",)
-    apply_methods(config, methods, METHODS)
+    apply_methods(config, methods, with_early_exit(threshold=0.87, steps=330_000))
     return config

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .backbones import BACKBONES
 from .errors import UserError, choose
 from .files import atomic_path, reason
+from .heads import infer_form
 
 ROOT = Path(__file__).resolve().parents[1]
 RELEASED = ROOT / "assets" / "checkpoints"
@@ -155,7 +156,7 @@ def infer_uvit(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "qkv_bias": "mid_block.attn.qkv.bias" in tensors, "mlp_time_embed": "time_embed.0.weight" in tensors,
         "num_classes": num_classes, "conv": "final_layer.weight" in tensors,
         "skip": "out_blocks.0.skip_linear.weight" in tensors, "clip_dim": clip_dim, "num_clip_token": text,
-    }
+    } | ({"uem": form} if (form := infer_form(tensors, width)) else {})
 
 
 def infer_ddpm_unet(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -276,6 +277,9 @@ def _foreign_section(tensors: Mapping[str, Tensor], description: Mapping, wanted
     """
     if wanted is None:
         return infer_backbone(tensors)
+    if wanted["name"] == "uvit":  # U-ViT's files have no uncertainty heads, AdaDiff's do
+        form = infer_form(tensors, wanted["embed_dim"])
+        return {name: value for name, value in wanted.items() if name != "uem"} | ({"uem": form} if form else {})
     if not description or wanted["name"] != "ddpm_unet":
         return wanted
     with torch.device("meta"):
@@ -287,8 +291,9 @@ def _foreign_section(tensors: Mapping[str, Tensor], description: Mapping, wanted
 
 def _same_architecture(path: Path, held: Mapping, wanted: Mapping) -> None:
     wanted = json.loads(json.dumps(dict(wanted)))  # tuples become lists, as in the file
-    # A student's scale input comes by distillation, from a teacher without.
-    fields = [name for name in sorted({*held, *wanted} - {"guidance_embed"}) if held.get(name) != wanted.get(name)]
+    # A student's scale input comes by distillation, from a teacher without; heads come by fine-tuning.
+    added = {"guidance_embed", "uem"}
+    fields = [name for name in sorted({*held, *wanted} - added) if held.get(name) != wanted.get(name)]
     if held.get("name") == wanted.get("name") == "factory":
         fields = [name for name in fields if name != "factory"]  # the file may have moved; the weights tell
     if fields:

@@ -101,17 +101,25 @@ class Denoiser:
         """t in the network's unit, on the host."""
         return self.time_scale * self._time_input(t, self.schedule)
 
-    def output(self, x_t: Tensor, t: Tensor, cond: dict | None = None) -> Tensor:
-        """The network's raw output (b, c, h, w), in x_t's precision."""
+    def call(self, x_t: Tensor, t: Tensor, cond: dict | None = None, **options):
+        """What the network returns, called with its own unit of time under autocast; options are its own."""
         time = self.time_input(t)
         if time.dim() == 0:
             timesteps = torch.full(x_t.shape[:1], float(time), dtype=torch.float32, device=x_t.device)
         else:
             timesteps = time.float().to(x_t.device)
         if self.autocast is None:
-            return self.net(x_t, timesteps, **(cond or {}))
+            return self.net(x_t, timesteps, **(cond or {}), **options)
         with self.autocast():
-            return self.net(x_t, timesteps, **(cond or {})).to(x_t.dtype)
+            return self.net(x_t, timesteps, **(cond or {}), **options)
+
+    def output(self, x_t: Tensor, t: Tensor, cond: dict | None = None) -> Tensor:
+        """The network's raw output (b, c, h, w), in x_t's precision."""
+        return self.call(x_t, t, cond).to(x_t.dtype)
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the network should output at t: eps, x_0, v, ..."""
+        return self._target(x_0, eps, *self.alpha_sigma(t, x_0))
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: dict | None = None) -> Prediction:
         return self._predict(x_t, self.output(x_t, t, cond), *self.alpha_sigma(t, x_t))
@@ -123,8 +131,7 @@ class Denoiser:
 
     def loss(self, x_0: Tensor, eps: Tensor, t: Tensor, cond: dict | None = None) -> Tensor:
         """Mean squared error of the network's own output, one value a row: (b,)."""
-        alpha, sigma = self.alpha_sigma(t, x_0)
-        error = self.output(alpha * x_0 + sigma * eps, t, cond) - self._target(x_0, eps, alpha, sigma)
+        error = self.output(self.diffuse(x_0, eps, t), t, cond) - self.target(x_0, eps, t)
         return error.float().square().flatten(1).mean(dim=1)
 
 

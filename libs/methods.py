@@ -1,6 +1,7 @@
 """The methods named after the colon of `--config=configs/NAME.py:clockwork,progressive`."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from ml_collections import ConfigDict
 
@@ -132,11 +133,62 @@ def encoder_propagation(config: ConfigDict) -> None:
     })
 
 
+def early_exit(config: ConfigDict, threshold: float = 0.92, **train) -> None:
+    """AdaDiff's early exit with the released code's loss (2309.17074).
+
+    threshold, train   certainty and fields of the train section that were published for a data set
+    """
+    if config.backbone.get("name") != "uvit":
+        raise UserError(f"method early_exit: it leaves a U-ViT between two blocks; this config's backbone.name is "
+                        f"{config.backbone.get('name')!r}")
+    with config.unlocked():
+        config.backbone.uem = "released"  # the uncertainty heads' form; paper: they see the timestep embedding too
+    config.policy = ConfigDict({
+        "name": "early_exit",
+        "mode": "per_sample",  # per_sample; batch_mean, as released; schedule: a fixed depth a step
+        "threshold": threshold,  # certainty above which an image leaves; 1 is never
+        "target_layer_ratio": 0.0,  # share of the layers to run: finds the threshold; 0 takes the one above
+        "check_every": 1,  # layers between two looks at the certainty
+        "compact_from": 0.125,  # share of the rows that must be done before the others move together
+        "patience": 1,  # in-blocks that must be certain, of which the last is the exit; released: 2
+        "joint": True,  # the rows of a guided pair leave together
+        "schedule": "",  # of mode schedule: a file, or layers x steps as 7x30,13x20; "" calibrates one
+        "calibration_images": 16,  # for target_layer_ratio and such a schedule
+        "quantile": 0.5,  # of these images' exit layers, which becomes the step's depth
+    })
+    config.early_exit = ConfigDict({
+        "lambda_u": 1.0,  # of the uncertainty loss
+        "beta_ual": 1.0,  # of the layer-wise loss
+        "target": "eps_error",  # of the heads: eps_error, final_gap
+        "u_reduction": "mean",  # over the layers: mean, sum
+        "ual_norm": "sum1",  # weights of the layers sum to 1; none: they are the certainties
+        "ual_per_sample": False,  # weights of each image; else of the batch's mean
+        "ual_last_layer": True,  # the layer-wise loss counts the last layer too
+        "ual_detach": False,  # no gradient through those weights
+        "freeze_backbone": False,  # train the heads alone
+    })
+    config.train.update(train)
+
+
+def early_exit_paper(config: ConfigDict, **published) -> None:
+    """AdaDiff's early exit with the paper's loss and heads that see the time (2309.17074, equations 5 to 9)."""
+    early_exit(config, **published)
+    config.backbone.uem = "paper"
+    config.early_exit.update(u_reduction="sum", ual_norm="none", ual_per_sample=True, ual_last_layer=False)
+
+
 METHODS: dict[str, Method] = {
     "full": full, "dpm_solver": dpm_solver, "dpm_solver_pp": dpm_solver_pp, "clipped": clipped,
     "progressive": progressive, "hramchenko": hramchenko, "clockwork": clockwork,
     "clockwork_adaptor": clockwork_adaptor, "encoder_propagation": encoder_propagation,
+    "early_exit": early_exit, "early_exit_paper": early_exit_paper,
 }
+
+
+def with_early_exit(threshold: float, **train) -> dict[str, Method]:
+    """All methods, those of early exit with what was published for a data set."""
+    return METHODS | {name: partial(METHODS[name], threshold=threshold, **train)
+                      for name in ("early_exit", "early_exit_paper")}
 
 
 def apply_methods(config: ConfigDict, methods: str, table: Mapping[str, Method]) -> None:

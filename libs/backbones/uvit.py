@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..heads import UEMHeads
 from .attention import choose_attention, sdpa_attention
 
+PARTS = 4  # of a batch, one after another, in which the heads of all layers run
 GUIDANCE_UNIT = 10.0  # sinusoids see 10 w: a change of w by a tenth shows, one by a thousandth hardly
 
 
@@ -123,21 +125,23 @@ class UViT(nn.Module):
         attention                        sdpa, xformers or plain
     and, in no published model,
         guidance_embed                   the guidance scale is an input
+        uem                              AdaDiff's uncertainty heads: released or paper; "" for none
 
     `net(x, timesteps, y=None, context=None, guidance=None)`: x (b, c, h, w), timesteps (b,) in the unit the
     network was trained on (a `Denoiser` knows it), y (b,) int64 labels, context (b, tokens, clip_dim),
     guidance (b,) the scales w of `guidance_embed` (None is 1); returns (b, c, h, w). Tokens stand in the order
-    [label, time, text, patches].
+    [label, time, text, patches]. With `every_layer=True` it returns what every layer would give were it the last, and
+    how certain that is: two tensors (layers, b, c, h, w), see `every_head`.
 
     A policy may walk the sub-passes itself: `embed`, then `in_blocks`, `mid_block`, `out_blocks`
-    (or `block_list()`), then `head`.
+    (or `block_list()`), then `head`, with `certainty` after any block.
     """
 
     def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768,
                  depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, qkv_bias: bool = False,
                  mlp_time_embed: bool = False, num_classes: int = -1, conv: bool = True, skip: bool = True,
                  clip_dim: int | None = None, num_clip_token: int = 0, use_checkpoint: bool = False,
-                 attention: str = "sdpa", guidance_embed: bool = False):
+                 attention: str = "sdpa", guidance_embed: bool = False, uem: str = ""):
         super().__init__()
         for name, whole, part in (("img_size", img_size, patch_size), ("embed_dim", embed_dim, num_heads),
                                   ("depth", depth, 2)):
@@ -179,6 +183,9 @@ class UViT(nn.Module):
         self.guidance_embedding = None
         if guidance_embed:
             self.add_guidance_input()
+        self.lte_classifer = None  # spelt as in AdaDiff's weights
+        if uem:
+            self.add_uem_heads(uem)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -192,6 +199,11 @@ class UViT(nn.Module):
         """From now on the guidance scale is an input, which changes nothing before it is trained."""
         d = self.embed_dim
         self.guidance_embedding = GuidanceEmbedding(d, 4 * d, d).to(self.pos_embed.device, self.pos_embed.dtype)
+
+    def add_uem_heads(self, form: str = "released") -> None:
+        """From now on every layer has an uncertainty head (`heads.UEMHeads`), which changes nothing of the output."""
+        heads = UEMHeads(self.embed_dim, self.decoder_pred.out_features, self.depth + 1, form)
+        self.lte_classifer = heads.to(self.pos_embed.device, self.pos_embed.dtype)
 
     def block_list(self) -> list[Block]:
         """The depth + 1 blocks in the order they run."""
@@ -219,19 +231,68 @@ class UViT(nn.Module):
 
     def head(self, tokens: Tensor) -> Tensor:
         """Tokens after any block (b, extras + patches, d) -> image (b, c, h, w)."""
-        patches = self.decoder_pred(self.norm(tokens))[:, self.extras:]  # b l (p1 p2 c)
+        return self.final_layer(self.unpatchify(self.decoder_pred(self.norm(tokens))[:, self.extras:]))
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """(b, patches, p1 p2 c) -> (b, c, h, w)."""
         side, p = self.img_size // self.patch_size, self.patch_size
         image = patches.view(-1, side, side, p, p, self.in_chans).permute(0, 5, 1, 3, 2, 4)
-        return self.final_layer(image.reshape(-1, self.in_chans, self.img_size, self.img_size))
+        return image.reshape(-1, self.in_chans, self.img_size, self.img_size)
+
+    def uem_time(self, timesteps: Tensor) -> Tensor | None:
+        """(b, d) the timestep embedding as the uncertainty heads take it; None for heads that take none."""
+        if self.lte_classifer is None or self.lte_classifer.form != "paper":
+            return None
+        return timestep_embedding(timesteps, self.embed_dim)
+
+    def certainty(self, layer: int, tokens: Tensor, time: Tensor | None = None) -> Tensor:
+        """How certain `head(tokens)` is, by the uncertainty head of `layer` (0 is the first block's).
+
+        tokens (b, extras + patches, d) after that block, time what `uem_time` gives; returns (b, patches, p1 p2 c) in
+        float32, from 0 to 1. `unpatchify` makes maps of it.
+        """
+        return self.lte_classifer(tokens[:, self.extras:], time, layer)
+
+    def every_head(self, maps: list[Tensor], time: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Output and certainty after every layer, each (layers, b, c, h, w), as one batched operation.
+
+        maps: the tokens (b, extras + patches, d) after each layer. The uncertainty heads do not pass gradients on to
+        them. Without uncertainty heads the certainty is None.
+        """
+        def run(time: Tensor | None, *maps: Tensor) -> tuple[Tensor, Tensor | None]:
+            tokens = torch.stack([each[:, self.extras:] for each in maps])  # n b l d
+            n, b = tokens.shape[:2]
+            patches = self.decoder_pred(self.norm(tokens)).flatten(0, 1)
+            out = self.final_layer(self.unpatchify(patches)).unflatten(0, (n, b))
+            if self.lte_classifer is None:
+                return out, None
+            certainty = self.lte_classifer(tokens.detach(), time)
+            return out, self.unpatchify(certainty.flatten(0, 1)).unflatten(0, (n, b))
+
+        # A part's stack of tokens is made again in the backward pass: kept, it would cost a fifth of all activations.
+        parts = []
+        step = -(-len(maps[0]) // PARTS)
+        for start in range(0, len(maps[0]), step):
+            part = slice(start, start + step)
+            inputs = (None if time is None else time[part], *(each[part] for each in maps))
+            parts.append(checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+                         if torch.is_grad_enabled() else run(*inputs))
+        out, certainty = zip(*parts, strict=True)
+        return torch.cat(out, dim=1), None if self.lte_classifer is None else torch.cat(certainty, dim=1)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None,
-                guidance: Tensor | None = None) -> Tensor:
+                guidance: Tensor | None = None, every_layer: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
         x = self.embed(x, timesteps, y, context, guidance)
         skips = []
         for block in self.in_blocks:
             x = block(x)
             skips.append(x)
+        maps = [*skips] if every_layer else []
         x = self.mid_block(x)
         for block in self.out_blocks:
+            if every_layer:
+                maps.append(x)
             x = block(x, skips.pop()) if self.has_skip else block(x)
-        return self.head(x)
+        if not every_layer:
+            return self.head(x)
+        return self.every_head([*maps, x], self.uem_time(timesteps))

@@ -11,12 +11,12 @@ from .batches import Batch
 Objective = Callable[[Denoiser, Batch], Tensor]
 
 
-def diffusion_loss(denoiser: Denoiser, batch: Batch) -> Tensor:
-    """Mean squared error of the network's own output (2006.11239, equation 14, for any prediction): (b,).
-
-    t is uniform on (0, 1), or on the steps 1/N, 2/N, ..., 1 of a discrete schedule.
-    """
+def training_times(denoiser: Denoiser, batch: Batch) -> Tensor:
+    """t (b,), uniform on (0, 1), or on the steps 1/N, 2/N, ..., 1 of a discrete schedule; float64, on the host."""
     t, steps = batch.uniform(), denoiser.schedule.steps
-    if steps is not None:
-        t = (torch.floor(t * steps) + 1) / steps
-    return denoiser.loss(batch.x_0, batch.noise(), t, batch.cond)
+    return t if steps is None else (torch.floor(t * steps) + 1) / steps
+
+
+def diffusion_loss(denoiser: Denoiser, batch: Batch) -> Tensor:
+    """Mean squared error of the network's own output (2006.11239, equation 14, for any prediction): (b,)."""
+    return denoiser.loss(batch.x_0, batch.noise(), training_times(denoiser, batch), batch.cond)

@@ -13,6 +13,8 @@ from ..build import DTYPES, MODEL_SECTIONS, describe, load_model
 from ..checkpoint import build_backbone
 from ..errors import UserError, choose
 from ..factory import refuse_other_size
+from .early_exit import LayerwiseLoss
+from .objective import Objective, diffusion_loss
 
 LAUNCHER_PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
@@ -76,7 +78,31 @@ def start_network(config: ConfigDict, start: str | None) -> tuple[nn.Module, dic
     if description["cond"]["kind"] == "none" and getattr(net, "num_classes", -1) > 0:
         raise UserError("cond.kind='none', but the network has classes (backbone.num_classes="
                         f"{net.num_classes}); choose label")
+    if "early_exit" in config:
+        _add_heads(config, net, description)
     return net, description
+
+
+def _add_heads(config: ConfigDict, net: nn.Module, description: dict[str, Any]) -> None:
+    """Fresh uncertainty heads where the network has none of the form asked for, and what else early exit trains."""
+    form = config.backbone.uem
+    held = net.lte_classifer.form if net.lte_classifer is not None else ""
+    if held and held != form:
+        raise UserError(f"--config.backbone.uem={form}: the checkpoint's heads are {held!r}")
+    if not held:
+        torch.manual_seed(config.seed)
+        net.add_uem_heads(form)
+    description["backbone"] = {**description["backbone"], "uem": form}
+    if config.early_exit.freeze_backbone:
+        net.requires_grad_(False)
+        net.lte_classifer.requires_grad_(True)
+
+
+def make_objective(config: ConfigDict) -> Objective:
+    """What `train.py` minimizes: AdaDiff's loss under the method early_exit, else the diffusion loss."""
+    if "early_exit" not in config:
+        return diffusion_loss
+    return LayerwiseLoss(**{name: value for name, value in config.early_exit.items() if name != "freeze_backbone"})
 
 
 def recompute_activations(net: nn.Module) -> None:
