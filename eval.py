@@ -100,7 +100,7 @@ def evaluate_seeds(config, flags) -> dict | None:
     own = processes.share(seeds, chain.rows)
     sampled, seconds = score_seeds(metrics, chain, own, label_of, folder, processes.is_main)
     measured = metrics.compute(processes)
-    sampled = sum(processes.gather(sampled))
+    sampled, told = sum(processes.gather(sampled)), chain.policy.report()
     processes.close()
     if not processes.is_main:
         return None
@@ -115,6 +115,8 @@ def evaluate_seeds(config, flags) -> dict | None:
         "sampling": {"images": sampled, "seconds": seconds, "processes": processes.count},
         "machine": machine(chain.device),
     }
+    if told:
+        result["policy"] = told
     if flags.benchmark:
         result["benchmark"] = benchmark(chain, timed, section.benchmark_rows, section.benchmark_repeats)
     return result

@@ -125,11 +125,13 @@ def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: to
     if config["compute"]["rows"] < 1:
         raise UserError(f"compute.rows={config['compute']['rows']} must be at least 1")
     image = description["image"]
-    return Chain(policy=policy, denoiser=denoiser, sampler=sampler,
-                 ts=make_times(section, denoiser.schedule), codec=codec,
-                 shape=codec.latent_shape(image["size"], image["channels"]), device=device,
-                 null_label=null_label, num_classes=cond["num_classes"], cfg_scale=section["cfg_scale"],
-                 takes_scale=scales is not None, threshold=threshold, rows=config["compute"]["rows"])
+    chain = Chain(policy=policy, denoiser=denoiser, sampler=sampler,
+                  ts=make_times(section, denoiser.schedule), codec=codec,
+                  shape=codec.latent_shape(image["size"], image["channels"]), device=device,
+                  null_label=null_label, num_classes=cond["num_classes"], cfg_scale=section["cfg_scale"],
+                  takes_scale=scales is not None, threshold=threshold, rows=config["compute"]["rows"])
+    policy.prepare(chain)
+    return chain
 
 
 def load_chain(config: ConfigDict, name: str | None, device: torch.device,

@@ -27,11 +27,18 @@ def encoder_propagation_class():
     return EncoderPropagation
 
 
+def early_exit_class():
+    from .early_exit import EarlyExit
+
+    return EarlyExit
+
+
 # name -> a function that gives the class of its settings, since they load diffusers; None for the plain network
 POLICIES: dict[str, Callable | None] = {
     "full": None,
     "clockwork": clockwork_class,
     "encoder_propagation": encoder_propagation_class,
+    "early_exit": early_exit_class,
 }
 
 __all__ = ["POLICIES", "Full", "make_policy", "make_spec"]

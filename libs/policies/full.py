@@ -1,6 +1,7 @@
 """The policy that runs everything: the baseline of every table, and the contract of the others."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,6 +21,9 @@ class Full:
         self.calls = self.rows = 0
         self.times: Tensor | None = None
         self.rows_per_image = 1
+
+    def prepare(self, chain: Any) -> None:
+        """Called once with the finished `generate.Chain`, for a policy that calibrates itself on samples of it."""
 
     def start(self, times: Tensor, rows_per_image: int = 1) -> None:
         """A new denoising loop: forget all of the previous one.
@@ -44,6 +48,10 @@ class Full:
     def stats(self) -> dict:
         """What ran since the policy was made: calls of the network, and rows in them."""
         return {"calls": self.calls, "rows": self.rows}
+
+    def report(self) -> dict:
+        """What an evaluation should say of the images made so far, beside `stats`; {} for nothing."""
+        return {}
 
     def disable(self) -> nn.Module:
         """Give back the backbone as it was before the policy."""
