@@ -3,6 +3,8 @@
     python eval.py --config=configs/cifar10_uvit_tiny.py --seeds=0-499 --out=outputs/eval/uvit_tiny.json
     python eval.py --config=configs/cifar10_unet.py --config.eval.metrics=frechet_cifar10,class_accuracy \\
         --seeds=0-499 --keep_images=outputs/unet --benchmark --out=outputs/eval/unet.json
+    python eval.py --config=configs/mscoco_uvit_small.py --checkpoint=mscoco_uvit_small.pth --seeds=0-29999 \\
+        --prompts=captions_val2014.json --config.eval.reference=fid_stats_mscoco256_val.npz --out=outputs/eval/coco.json
     python eval.py --images=outputs/unet --out=outputs/eval/unet_again.json
     python eval.py --config=configs/sd15.py --images=outputs/sd15 --prompts=captions.txt \\
         --config.eval.metrics=clip_score --out=outputs/eval/sd15.json
@@ -30,6 +32,7 @@ from libs.files import atomic_path
 from libs.image_folder import ImageFolder, fingerprint, image_names, read_chain
 from libs.markdown import markdown_table
 from libs.processes import Processes
+from libs.prompts import prompts_of_files
 from libs.provenance import command_line, file_sha256, git_commit, machine, versions
 from libs.seeds import parse_labels, parse_seeds
 from libs.tables import result_row
@@ -44,7 +47,8 @@ def define_flags(fv) -> None:
     absl_flags.DEFINE_string("checkpoint", None, "released name, file or training folder", flag_values=fv)
     absl_flags.DEFINE_string("keep_images", None, "folder that keeps the images of the seeds", flag_values=fv)
     absl_flags.DEFINE_string("images", None, "score the images of this folder, instead of seeds", flag_values=fv)
-    absl_flags.DEFINE_string("prompts", None, "what sample.py made --images from: a text or a file", flag_values=fv)
+    absl_flags.DEFINE_string("prompts", None, "of a text model's --seeds, or of --images: a text, a file, or a folder "
+                             "of run_vis features", flag_values=fv)
     absl_flags.DEFINE_integer("image_size", None, "crop and resize --images, and the reference, to it", flag_values=fv)
     absl_flags.DEFINE_boolean("benchmark", False, "time the sampling too, see config.eval", flag_values=fv)
     absl_flags.DEFINE_string("inception_weights", None, "file of FID's network; else fetched", flag_values=fv)
@@ -72,9 +76,8 @@ def evaluate_seeds(config, flags) -> dict | None:
     """Generate the seeds' images (or take them from --keep_images), score and cost them."""
     if config is None:
         raise UserError("--config is missing: --seeds needs a model")
-    for flag in ("prompts", "image_size"):
-        if getattr(flags, flag) is not None:
-            raise UserError(f"--{flag}={getattr(flags, flag)} belongs to --images, not to --seeds")
+    if flags.image_size is not None:
+        raise UserError(f"--image_size={flags.image_size} belongs to --images, not to --seeds")
     if "pipeline" in config:
         raise UserError(f"--seeds={flags.seeds}: a pipeline's images are made by sample.py and scored with --images")
     seeds = parse_seeds(flags.seeds)
@@ -83,7 +86,7 @@ def evaluate_seeds(config, flags) -> dict | None:
     if section.cost_images < 1:
         raise UserError(f"eval.cost_images={section.cost_images} must be at least 1")
     processes = Processes(cli.choose_device(config.compute.device))
-    chain, source = build.load_chain(config, flags.checkpoint, processes.device, flags.chosen)
+    chain, source = build.load_chain(config, flags.checkpoint, processes.device, flags.chosen, flags.prompts)
     steps = section.benchmark_steps or config.sampler.steps
     timed = replace(chain, ts=build.make_times({**config.sampler, "steps": steps}, chain.denoiser.schedule))
     labels = parse_labels(flags.labels, seeds, chain.num_classes)
@@ -91,10 +94,12 @@ def evaluate_seeds(config, flags) -> dict | None:
     blank = chain.codec.decode(torch.zeros(1, *chain.shape, device=chain.device))  # 1 h w c
     metrics = Metrics(Request(
         section, len(seeds), tuple(blank.shape[1:]), chain.device, config.data, chain.num_classes,
-        flags.inception_weights, with_reference=processes.is_main))
+        flags.inception_weights, with_reference=processes.is_main, prompts=flags.prompts is not None))
     folder = None
     if flags.keep_images:
         chain_of = fingerprint(config, source, flags.labels)
+        if chain.contexts is not None:
+            chain_of |= chain.contexts.fingerprint
         folder = ImageFolder(cli.output_dir(flags.keep_images, "keep_images"), chain_of, "keep_images")
 
     own = processes.share(seeds, chain.rows)
@@ -109,8 +114,8 @@ def evaluate_seeds(config, flags) -> dict | None:
         "model": flags.checkpoint or config.checkpoint, "checkpoint_sha256": file_sha256(source),
         "config": flags.config, "method": config.policy.to_dict(), "sampler": config.sampler.to_dict(),
         "compute": config.compute.to_dict(), "nfe": chain.nfe, "rows": chain.rows,
-        "seeds": flags.seeds, "labels": flags.labels or ("all in turn" if labels else None), "samples": len(seeds),
-        "metrics": measured,
+        "seeds": flags.seeds, "labels": flags.labels or ("all in turn" if labels else None),
+        "prompts": flags.prompts, "samples": len(seeds), "metrics": measured,
         "gmacs_per_image": gmacs_per_image(chain, few, labels and labels[:len(few)]),
         "sampling": {"images": sampled, "seconds": seconds, "processes": processes.count},
         "machine": machine(chain.device),
@@ -133,8 +138,6 @@ def evaluate_folder(config, flags) -> dict | None:
         raise UserError(f"--image_size={flags.image_size} must be at least 1")
     names, prompts = image_names(flags.images), None
     if flags.prompts is not None:
-        from libs.pipelines.prompts import prompts_of_files
-
         prompts = prompts_of_files(flags.prompts, flags.images, names)
     settings = config or base_config()
     processes = Processes(cli.choose_device(settings.compute.device))

@@ -3,8 +3,16 @@
     python prepare_data.py stats --config=configs/cifar10_uvit_tiny.py --out=assets/features/cifar10_train_stats.npz
     python prepare_data.py stats --images=DIR --features=inception --out=outputs/fid_stats.npz
     python prepare_data.py lmdb --size=256 --out=data/celeba_256 DIR
+    python prepare_data.py latents --config=configs/imagenet256_uvit_large.py --images=data/imagenet/train \
+        --out=data/imagenet256_features
+    python prepare_data.py latents --config=configs/mscoco_uvit_small.py --images=data/coco/train2014.zip \
+        --captions=data/coco/annotations_trainval2014.zip --split=train --out=data/coco256_features
+    python prepare_data.py text --config=configs/mscoco_uvit_small.py \
+        --captions=data/coco/annotations_trainval2014.zip --split=train --out=data/coco256_features
+    python prepare_data.py text --config=configs/mscoco_uvit_small.py --prompts=prompts.txt --out=data/coco256_features
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -12,13 +20,23 @@ import numpy as np
 from absl import flags as absl_flags
 
 from libs import cli
+from libs.codecs import KLCodec, make_codec
 from libs.data import load_data
-from libs.data.folder import list_images
+from libs.data.feature_data import PARTS
+from libs.data.image_files import list_images, open_files
 from libs.data.lmdb_images import RESAMPLE, pack_images
+from libs.data.make_features import write_empty, write_latents, write_prompts, write_texts
+from libs.data.pictures import Pictures
+from libs.data.raw import captioned, imagenet, read_captions
 from libs.defaults import base_config
 from libs.errors import UserError
 from libs.metrics import EXTRACTORS, make_extractor
 from libs.metrics.statistics import reference_statistics
+from libs.processes import Processes
+from libs.prompts import read_prompts
+from libs.text import make_text_encoder
+
+SPLITS = {folder: split for split, folder in PARTS.items()}  # MS-COCO's parts, as the folders are called
 
 
 def define_stats_flags(fv) -> None:
@@ -42,6 +60,9 @@ def stats(config, flags) -> None:
         raise UserError("give --config, whose data set is read, or --images=DIR")
     if flags.images is None and "data" not in config:
         raise UserError(f"--config={flags.config}: a pipeline has no data set; give --images=DIR")
+    if flags.images is None and config.data.name == "features":
+        raise UserError("data.name='features' holds latents; statistics are those of images: give --images=DIR, or "
+                        "another data.name")
     cli.output_dir(Path(flags.out).parent)
     if flags.images is None:
         source = load_data(**{name: value for name, value in config.data.items() if name != "flip"})
@@ -90,8 +111,113 @@ def _sizes(text: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
+def define_feature_flags(fv) -> None:
+    absl_flags.DEFINE_string("captions", None, "captions in COCO's format: a .json file, or the zip of annotations",
+                             flag_values=fv)
+    absl_flags.DEFINE_enum("split", "train", list(SPLITS), "the part of MS-COCO; a folder in --out", flag_values=fv)
+    absl_flags.DEFINE_integer("limit", None, "only so many images, the first ones", lower_bound=1, flag_values=fv)
+    absl_flags.DEFINE_string("out", None, "folder of the features: data.path of data.name=features", flag_values=fv)
+    absl_flags.mark_flag_as_required("out", fv)
+
+
+def define_latents_flags(fv) -> None:
+    define_feature_flags(fv)
+    absl_flags.DEFINE_string("images", None, "folder of images, or a zip of them", flag_values=fv)
+    absl_flags.DEFINE_boolean("flips", None, "mirrored images too; default: if the network has labels", flag_values=fv)
+    absl_flags.mark_flag_as_required("images", fv)
+
+
+def latents(config, flags) -> None:
+    """Encode images by the config's autoencoder into U-ViT's feature files, for data.name=features.
+
+    A config with labels (cond.kind=label) takes images as ImageNet's: class folders, or names such as
+    n01440764_10026.JPEG, guided-diffusion's centre crop, and writes OUT/{i}.npy, mirrored images too. With --captions
+    they are those that the captions name, in the order of their id, in OUT/train or OUT/val. Else all images of the
+    folder, sorted, without labels. The same command goes on where it stopped; accelerate launch shares the images
+    among GPUs.
+    """
+    section, cond = _model_section(config, flags, "data"), config.cond
+    if cond.kind == "text" and not flags.captions:
+        raise UserError("--captions is missing: cond.kind is text, and the latents stand in the order of the captions' "
+                        "images")
+    pictures = _pictures(flags, labelled=cond.kind == "label")
+    if pictures.labels is not None and max(pictures.labels) >= cond.num_classes:
+        raise UserError(f"--images={flags.images} has {len(pictures.class_names)} classes; cond.num_classes is "
+                        f"{cond.num_classes}")
+    processes = Processes(cli.choose_device(config.compute.device))
+    codec = make_codec(config.codec, processes.device)
+    if not isinstance(codec, KLCodec):
+        raise UserError(f"codec.name={config.codec.name!r} has no latents; choose kl")
+    flips = pictures.labels is not None if flags.flips is None else flags.flips
+    folder = cli.output_dir(Path(flags.out, flags.split) if flags.captions else flags.out)
+    written = write_latents(pictures, codec.moments, folder, section.image_size, section.channels, flips,
+                            {"autoencoder": config.codec.pretrained}, processes)
+    if processes.is_main:
+        print(f"{folder}: latents of {written:,} images" + f", {written // 2:,} of them mirrored" * flips)
+    processes.close()
+
+
+def _pictures(flags, labelled: bool) -> Pictures:
+    path = Path(flags.images).expanduser()
+    if flags.captions:
+        pictures = captioned(path, Path(flags.captions).expanduser(), SPLITS[flags.split])
+    elif labelled:
+        pictures = imagenet(path, "train", "--images")
+    else:
+        files = open_files(path, "--images")
+        pictures = Pictures(files, files.names())
+    names, labels = pictures.names[:flags.limit], pictures.labels and pictures.labels[:flags.limit]
+    return dataclasses.replace(pictures, names=names, labels=labels)
+
+
+def define_text_flags(fv) -> None:
+    define_feature_flags(fv)
+    absl_flags.DEFINE_string("prompts", None, "instead: a text, a .txt file with one a line, COCO's captions (.json)",
+                             flag_values=fv)
+
+
+def text(config, flags) -> None:
+    """Encode captions or prompts by the config's text encoder into U-ViT's feature files.
+
+    --captions writes OUT/train/{i}_{k}.npy (or val), caption k of image i in the order of the images' id; --prompts
+    writes OUT/run_vis/{j}.npy, the prompts that previews show. Either writes OUT/empty_context.npy, the empty text. The
+    same command goes on where it stopped; accelerate launch shares the captions among GPUs.
+    """
+    _model_section(config, flags, "cond")
+    if (flags.captions is None) == (flags.prompts is None):
+        raise UserError("give --captions=FILE or --prompts=FILE, one of them")
+    captions = prompts = None
+    if flags.captions:
+        listed = read_captions(Path(flags.captions).expanduser(), SPLITS[flags.split])
+        captions = [texts for _, texts in listed[:flags.limit]]
+    else:
+        prompts = read_prompts(flags.prompts)[:flags.limit]
+    processes = Processes(cli.choose_device(config.compute.device))
+    encoder = make_text_encoder(config.cond, processes.device)
+    root = cli.output_dir(flags.out)
+    if captions:
+        written = write_texts(captions, encoder, root / flags.split,
+                              {"text_encoder": config.cond.text_encoder, "tokens": config.cond.tokens}, processes)
+    if processes.is_main:
+        write_empty(encoder.empty, root)
+        if captions:
+            print(f"{root / flags.split}: {written:,} captions of {len(captions):,} images")
+        else:
+            write_prompts(prompts, encoder, root)
+            print(f"{root / 'run_vis'}: {len(prompts):,} prompts")
+    processes.close()
+
+
+def _model_section(config, flags, name: str):
+    if "pipeline" in config:
+        raise UserError(f"--config={flags.config}: a pipeline is not trained here; take a config with a backbone")
+    return config[name]
+
+
 COMMANDS = {"stats": cli.Command(stats, define_stats_flags, "optional"),
-            "lmdb": cli.Command(pack_lmdb, define_lmdb_flags, positional="images")}
+            "lmdb": cli.Command(pack_lmdb, define_lmdb_flags, positional="images"),
+            "latents": cli.Command(latents, define_latents_flags, "required"),
+            "text": cli.Command(text, define_text_flags, "required")}
 
 
 def main(argv: list[str] | None = None) -> int:

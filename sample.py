@@ -3,6 +3,8 @@
     python sample.py --config=configs/cifar10_uvit_tiny.py --seeds=0-63 --out=outputs/uvit_tiny
     python sample.py --config=configs/cifar10_unet.py --seeds=0-9 --labels=3 --config.sampler.steps=20 \\
         --config.sampler.name=dpm_solver_pp --out=outputs/cats
+    python sample.py --config=configs/mscoco_uvit_small.py --checkpoint=mscoco_uvit_small.pth --prompts=prompts.txt \\
+        --out=outputs/mscoco
     python sample.py --config=configs/sd15.py:encoder_propagation --prompts="a photo of an astronaut" --seeds=0-3 \\
         --out=outputs/sd15 --compare
 
@@ -31,6 +33,7 @@ from libs.files import atomic_path
 from libs.image_folder import ImageFolder, fingerprint
 from libs.montage import capture_indices, captures, montage
 from libs.processes import Processes
+from libs.prompts import read_prompts
 from libs.seeds import parse_labels, parse_seeds
 
 GRID = 100  # images in grid.png at most
@@ -40,7 +43,8 @@ COLUMNS = 16  # images in montage.png at most
 def define_flags(fv) -> None:
     absl_flags.DEFINE_string("seeds", "0-15", "seeds of the images: 0-63 or 1,5,7-9", flag_values=fv)
     absl_flags.DEFINE_string("labels", None, "classes, given to the seeds in turn: 3 or 0-9", flag_values=fv)
-    absl_flags.DEFINE_string("prompts", None, "a text, or a file: .txt, one a line, or COCO's .json", flag_values=fv)
+    absl_flags.DEFINE_string("prompts", None, "a text, a .txt file with one a line, COCO's .json, or a folder of "
+                             "run_vis features", flag_values=fv)
     absl_flags.DEFINE_string("control_image", None, "a ControlNet's image, or a folder of them", flag_values=fv)
     absl_flags.DEFINE_integer("batch_size", 0, "images written at a time; 0 is compute.rows", flag_values=fv)
     absl_flags.DEFINE_string("checkpoint", None, "released name, file or training folder", flag_values=fv)
@@ -53,18 +57,21 @@ def define_flags(fv) -> None:
 
 def open_chain(config, flags, device):
     """(chain, its fingerprint, what the summary says of it, what its policy ran)."""
-    for flag in ("prompts", "control_image", "compare"):
+    for flag in ("control_image", "compare"):
         if getattr(flags, flag):
             raise UserError(f"--{flag}={getattr(flags, flag)} belongs to a pipeline, such as configs/sd15.py")
-    chain, checkpoint = build.load_chain(config, flags.checkpoint, device, flags.chosen)
+    chain, checkpoint = build.load_chain(config, flags.checkpoint, device, flags.chosen, flags.prompts)
     about = {"model": Path(flags.checkpoint or config.checkpoint).name, "sampler": config.sampler.name}
-    return chain, fingerprint(config, checkpoint, flags.labels), about, chain.policy.stats
+    made_by = fingerprint(config, checkpoint, flags.labels)
+    if chain.contexts is not None:
+        about["prompts"] = flags.prompts
+        made_by |= chain.contexts.fingerprint
+    return chain, made_by, about, chain.policy.stats
 
 
 def open_pipeline(config, flags, device):
     """The same of a diffusers pipeline."""
-    from libs.pipelines.prompts import read_prompts  # diffusers takes seconds to import
-    from libs.pipelines.sampling import PipelineSampler, check_compare
+    from libs.pipelines.sampling import PipelineSampler, check_compare  # diffusers takes seconds to import
 
     for flag in ("labels", "checkpoint", "cost", "captures"):
         if getattr(flags, flag):

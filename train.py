@@ -1,6 +1,7 @@
-"""Train a diffusion model; the same command again goes on where it stopped.
+"""Train a diffusion model, or an autoencoder for one; the same command again goes on where it stopped.
 
     python train.py --config=configs/digits_uvit.py --workdir=runs/digits
+    python train.py --config=configs/emoji32_autoencoder.py --workdir=runs/emoji32/autoencoder
     accelerate launch --mixed_precision bf16 train.py --config=configs/cifar10_uvit_tiny.py --workdir=runs/uvit_tiny
     python train.py --config=configs/cifar10_uvit_tiny.py --config.train.max_minutes=9 --workdir=runs/uvit_tiny
 
@@ -25,6 +26,7 @@ from libs.training import (
     start_network,
     validate,
 )
+from libs.training.autoencoder import AUTOENCODER, AutoencoderTrainer, start_autoencoder
 
 
 def define_flags(fv) -> None:
@@ -48,8 +50,12 @@ def train(config, flags) -> int:
         logging.info("%s is finished: %d steps; a larger --config.train.steps goes on", run.workdir, saved.step)
         return 0
 
-    net, description = start_network(config, flags.checkpoint)
-    trainer = Trainer(config, run, net, description, make_objective(config), precision)
+    if config.backbone.name == AUTOENCODER:
+        net, description = start_autoencoder(config, flags.checkpoint)
+        trainer = AutoencoderTrainer(config, run, net, description, precision)
+    else:
+        net, description = start_network(config, flags.checkpoint)
+        trainer = Trainer(config, run, net, description, make_objective(config), precision)
     trainer.restore(saved)
     status = trainer.train(load_training_data(config.data, description, processes.device), began)
     processes.close()

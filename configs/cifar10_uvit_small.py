@@ -1,11 +1,17 @@
 """U-ViT-S/2 on CIFAR-10, unconditional: 44.26 M parameters, 12.20 GMACs a forward.
 
 U-ViT (2209.12152) reports FID 3.11 (50,000 samples). With the published weights and statistics:
-    python eval.py --config=configs/cifar10_uvit_small.py --checkpoint=cifar10_uvit_small.pth --seeds=0-49999 \
-        --out=outputs/cifar10_uvit_small.json --config.eval.metrics=fid \
-        --config.eval.reference=fid_stats_cifar10_train_pytorch.npz
+    bash scripts/download.sh cifar10_uvit_small fid_stats_cifar10
+    python eval.py --config=configs/cifar10_uvit_small.py --checkpoint=data/pretrained/cifar10_uvit_small.pth \
+        --config.eval.reference=data/fid_stats/fid_stats_cifar10_train_pytorch.npz --config.eval.metrics=fid \
+        --seeds=0-49999 --out=outputs/cifar10_uvit_small.json
 Train from scratch (fp16):
-    accelerate launch --mixed_precision fp16 train.py --config=configs/cifar10_uvit_small.py --workdir=runs/cifar10_uvit_small
+    accelerate launch --mixed_precision fp16 train.py --config=configs/cifar10_uvit_small.py \
+        --workdir=runs/cifar10_uvit_small
+AdaDiff's early exit on these weights (2309.17074, its scripts: 75,000 updates, certainty 0.92):
+    accelerate launch --mixed_precision fp16 train.py --config=configs/cifar10_uvit_small.py:early_exit \
+        --checkpoint=data/pretrained/cifar10_uvit_small.pth --workdir=runs/cifar10_uvit_small_early_exit
+`bash scripts/cifar10_uvit.sh` does all of it, stage by stage.
 """
 
 from libs.defaults import base_config, uvit_backbone

@@ -5,7 +5,7 @@ Cheap cells come first. Plain sampling at the same sampler and steps, and with t
 
 A method is a policy with its settings (fields of config.policy); `needs` is a file without which it is left out. The
 students of progressive distillation are models of their own, which sample in their own number of steps; policies come on
-top of them.
+top of them. Of early exit on U-ViT here are a few cells of configs/early_exit.py, which has them all.
 """
 
 RESNET = "assets/adaptors/clockwork_resnet_cifar10_unet.safetensors"
@@ -28,10 +28,21 @@ ON_STUDENTS = [method for method in METHODS if method["label"] in ("full", "cloc
 STUDENTS = [{"checkpoint": f"cifar10_unet_student_{steps}", "steps": steps} for steps in (4, 8)]
 SAMPLERS = [("dpm_solver_pp", 8), ("dpm_solver_pp", 20), ("ddim", 50)]
 
+UVIT = {"config": "configs/cifar10_uvit_tiny.py"}
+EXIT = UVIT | {"checkpoint": "cifar10_uvit_tiny_early_exit"}  # whose cells are left out while it is not there
+EARLY_EXIT = {"policy": "early_exit", "cost_images": 32}
+ON_UVIT = [
+    UVIT, EXIT, EXIT | EARLY_EXIT | {"label": "threshold_0.92", "settings": {"threshold": 0.92}},
+    EXIT | EARLY_EXIT | {"label": "schedule_0.6", "settings": {"mode": "schedule", "target_layer_ratio": 0.6}},
+]
+UVIT_SAMPLERS = [("dpm_solver_pp", 8), ("dpm_solver_pp", 20), ("dpm_solver", 50)]
+
 
 def get_grid() -> list[dict]:
     unet = {"config": "configs/cifar10_unet.py"}
     students = [unet | {"sampler": "ddim", "fixed": True} | student | method
                 for student in STUDENTS for method in ON_STUDENTS]
-    return students + [unet | {"sampler": sampler, "steps": steps} | method
-                       for sampler, steps in SAMPLERS for method in METHODS]
+    cells = students + [unet | {"sampler": sampler, "steps": steps} | method
+                        for sampler, steps in SAMPLERS for method in METHODS]
+    cells += [uvit | {"sampler": sampler, "steps": steps} for sampler, steps in UVIT_SAMPLERS for uvit in ON_UVIT]
+    return sorted(cells, key=lambda cell: cell["steps"])

@@ -1,11 +1,14 @@
 """U-ViT-L/4 on ImageNet 64 x 64, class-conditional: 286.83 M parameters, 76.47 GMACs a forward.
 
 U-ViT (2209.12152) reports FID 4.26 (50,000 samples). With the published weights and statistics:
-    python eval.py --config=configs/imagenet64_uvit_large.py --checkpoint=imagenet64_uvit_large.pth --seeds=0-49999 \
-        --out=outputs/imagenet64_uvit_large.json --config.eval.metrics=fid \
-        --config.eval.reference=fid_stats_imagenet64_guided_diffusion.npz
+    bash scripts/download.sh imagenet64_uvit_large fid_stats_imagenet64
+    python eval.py --config=configs/imagenet64_uvit_large.py --checkpoint=data/pretrained/imagenet64_uvit_large.pth \
+        --config.eval.reference=data/fid_stats/fid_stats_imagenet64_guided_diffusion.npz --config.eval.metrics=fid \
+        --seeds=0-49999 --out=outputs/imagenet64_uvit_large.json
 Train from scratch (fp16):
-    accelerate launch --mixed_precision fp16 train.py --config=configs/imagenet64_uvit_large.py --workdir=runs/imagenet64_uvit_large
+    accelerate launch --mixed_precision fp16 train.py --config=configs/imagenet64_uvit_large.py \
+        --workdir=runs/imagenet64_uvit_large
+`MODEL=large bash scripts/imagenet64_uvit.sh` does all of it, stage by stage.
 """
 
 from libs.defaults import base_config, uvit_backbone
@@ -20,7 +23,7 @@ def get_config(methods: str = ""):
     config.schedule = {"name": "vp_linear"}
     config.denoiser.update(prediction="eps", time_input="999t")
     config.cond.update(kind="label", num_classes=1000, null_label=-1, drop=0.0)
-    config.data.update(name="folder", path="data/imagenet64/train", image_size=64, labels="folders", flip=True)
+    config.data.update(name="imagenet", path="data/imagenet", image_size=64, flip=True)
     config.sampler.update(name="dpm_solver", order=3, steps=50, grid="logsnr", t_end=1e-4)
     config.train.update(
         steps=300_000, batch_size=1024, lr=3e-4, betas=(0.99, 0.99), weight_decay=0.03, warmup=5000,

@@ -20,6 +20,7 @@ PROTOCOL = ("a timed loop goes from seeds to uint8 images on the device: noise, 
             "images_per_second = rows / (nfe * seconds_per_call), where seconds_per_call = seconds of a loop / its "
             "nfe_timed network calls; loop_over_network = seconds of a loop / seconds inside its network calls, "
             "both of the same loop ({clock})")
+TEXTS = "; prompts are embedded before the timed loops"
 CLOCKS = {"cuda": "CUDA events around each call", "cpu": "the host's clock around each call"}
 SYNCHRONISED = "the host's clock around each call, the device synchronised"
 WARM_UP = 1
@@ -139,7 +140,7 @@ def benchmark(chain: Chain, timed: Chain, rows: Sequence[int] = (1, 16), repeats
               "cpu": "peak_memory_mib: growth of the resident memory over the loops, weights not included"}
     clock = CLOCKS.get(device, SYNCHRONISED)
     return {"protocol": PROTOCOL.format(warm_up=WARM_UP, repeats=repeats, clock=clock)
-            + (f"; {memory[device]}" if device in memory else ""),
+            + (TEXTS if chain.contexts is not None else "") + (f"; {memory[device]}" if device in memory else ""),
             "nfe": chain.nfe, "nfe_timed": timed.nfe, "repeats": repeats,
             "latency_ms": batches[0]["latency_ms"], "batches": batches}
 

@@ -12,6 +12,7 @@ from torch import nn
 from . import checkpoint as checkpoints
 from .backbones.attention import set_attention
 from .codecs import make_codec
+from .contexts import Contexts, make_contexts
 from .denoiser import TARGETS, TIME_INPUTS, Denoiser
 from .errors import UserError, choose
 from .factory import refuse_other_size
@@ -99,9 +100,23 @@ def guidance_range(cond: Mapping) -> tuple[float, float] | None:
     return low, high
 
 
-def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: torch.device) -> Chain:
-    """Every link of the chain around `net`, which `prepare_backbone` has put on the device."""
+def adopt_places(config: ConfigDict, description: dict, overrides: Collection[str] = ()) -> None:
+    """Let what the user overrode say where an autoencoder and a text encoder lie: a checkpoint remembers where they
+    lay on the machine that trained it.
+    """
+    for name, field in (("codec", "pretrained"), ("cond", "text_encoder")):
+        if f"{name}.{field}" in overrides and field in description[name]:
+            description[name] = {**description[name], field: config[name][field]}
+
+
+def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: torch.device,
+               contexts: Contexts | None = None) -> Chain:
+    """Every link of the chain around `net`, which `prepare_backbone` has put on the device.
+
+    contexts: what a text model is shown; without, `Chain.show` comes before the first image.
+    """
     section, cond = config["sampler"], description["cond"]
+    choose("cond.kind", cond["kind"], ("none", "label", "text"))
     sampler = make_sampler(**section)
     policy = make_policy(config["policy"], net)
     denoiser = make_denoiser(policy, description, config["compute"]["precision"], device)
@@ -113,7 +128,7 @@ def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: to
     if scales is not None and not scales[0] <= section["cfg_scale"] <= scales[1]:
         raise UserError(f"sampler.cfg_scale={section['cfg_scale']}: this network takes the guidance scale as an input, "
                         f"from {scales[0]:g} to {scales[1]:g}")
-    if scales is None and section["cfg_scale"] != 1 and null_label is None:
+    if scales is None and section["cfg_scale"] != 1 and null_label is None and cond["kind"] != "text":
         raise UserError(f"sampler.cfg_scale={section['cfg_scale']}: this model has no null class to guide "
                         "against; use 1.0")
     threshold = None
@@ -130,17 +145,22 @@ def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: to
                   shape=codec.latent_shape(image["size"], image["channels"]), device=device,
                   null_label=null_label, num_classes=cond["num_classes"], cfg_scale=section["cfg_scale"],
                   takes_scale=scales is not None, threshold=threshold, rows=config["compute"]["rows"])
+    if contexts is not None:
+        chain.show(contexts)
     policy.prepare(chain)
     return chain
 
 
-def load_chain(config: ConfigDict, name: str | None, device: torch.device,
-               overrides: Collection[str] = ()) -> tuple[Chain, Path]:
+def load_chain(config: ConfigDict, name: str | None, device: torch.device, overrides: Collection[str] = (),
+               prompts: str | None = None) -> tuple[Chain, Path]:
     """(chain, file) of the checkpoint `name`, or of the config's own.
 
     A student's checkpoint brings its sampler along: it is written into `config`, but for `overrides`.
+    prompts: what --prompts names, for a text model, see `make_contexts`; other models are given None.
     """
     net, description = load_model(config, name)
     adopt_sampler(config, description, overrides)
-    chain = make_chain(config, prepare_backbone(net, config["compute"], device), description, device)
+    adopt_places(config, description, overrides)
+    contexts = make_contexts(prompts, description, device)
+    chain = make_chain(config, prepare_backbone(net, config["compute"], device), description, device, contexts)
     return chain, checkpoints.resolve(name or config["checkpoint"])

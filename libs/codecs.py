@@ -1,11 +1,13 @@
 """Between uint8 images and the space in which the diffusion runs; the training loop never asks which."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .autoencoder_checkpoint import load_autoencoder
 from .errors import UserError, choose
 from .files import reason
 
@@ -61,34 +63,34 @@ class PixelCodec:
 class KLCodec:
     """Model space = an autoencoder's latents, scaled: z = scale_factor * (mean + std * noise).
 
-    pretrained     a folder or hub id of a diffusers `AutoencoderKL`
+    pretrained     a folder or hub id of a diffusers `AutoencoderKL`, or a .pth file such as U-ViT's autoencoder_kl.pth
     scale_factor   1 / the standard deviation of the latents: 0.18215 on ImageNet, 0.23010 on COCO
-    chunk          images decoded at once
+    chunk          images encoded or decoded at once
     """
 
     takes_noise = True
 
     def __init__(self, pretrained: str, scale_factor: float, device: torch.device | str = "cpu", chunk: int = 16):
-        from diffusers import AutoencoderKL
-
-        try:
-            self.vae = AutoencoderKL.from_pretrained(pretrained, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"codec.pretrained={pretrained!r}: no AutoencoderKL there and none on the hub "
-                            f"({reason(error)})") from error
-        self.vae = self.vae.to(device).eval().requires_grad_(False)
+        self.vae = _autoencoder(pretrained).to(device).eval().requires_grad_(False)
         self.device, self.scale_factor, self.chunk = torch.device(device), scale_factor, chunk
 
-    @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """A sample of the latents for standard normal noise (b, c', h', w'); their mean without."""
+        return self.encode_moments(self.moments(images), noise)
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """uint8 (b, h, w, c) -> float32 (b, 2c', h', w'): mean of the latents, then log variance in [-30, 20]."""
         pixels = PixelCodec().encode(images.to(self.device))
-        latents = []
-        for i in range(0, len(pixels), self.chunk):
-            posterior = self.vae.encode(pixels[i:i + self.chunk]).latent_dist
-            z = posterior.mean
-            latents.append(z if noise is None else z + posterior.std * noise[i:i + self.chunk].to(z))
-        return self.scale_factor * torch.cat(latents)
+        parts = [self.vae.encode(part).latent_dist for part in pixels.split(self.chunk)]
+        return torch.cat([torch.cat([part.mean, part.logvar], dim=1) for part in parts])
+
+    @torch.no_grad()
+    def encode_moments(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """What `encode` gives for the images whose `moments` (b, 2c', h', w') these are."""
+        mean, logvar = moments.to(self.device).chunk(2, dim=1)
+        z = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise.to(mean)
+        return self.scale_factor * z
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
@@ -99,6 +101,19 @@ class KLCodec:
     def latent_shape(self, image_size: int, channels: int) -> tuple[int, int, int]:
         side = image_size // 2 ** (len(self.vae.config.block_out_channels) - 1)
         return self.vae.config.latent_channels, side, side
+
+
+def _autoencoder(pretrained: str) -> nn.Module:
+    """diffusers' AutoencoderKL from a folder, the hub, or a file in the format of latent diffusion."""
+    from diffusers import AutoencoderKL
+
+    if Path(pretrained).suffix in (".pth", ".pt"):
+        return load_autoencoder(Path(pretrained).expanduser())
+    try:
+        return AutoencoderKL.from_pretrained(pretrained, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"codec.pretrained={pretrained!r}: no AutoencoderKL there and none on the hub "
+                        f"({reason(error)})") from error
 
 
 CODECS = {"pixel": PixelCodec, "kl": KLCodec}

@@ -91,6 +91,7 @@ def gmacs_per_image(chain: Chain, seeds: list[int], labels: list[int] | None = N
     Both rows of a guided pair count. The codec's decoder does not. `counted_images` says how many seeds that
     is: one is enough for a policy that does the same for every image.
     """
+    chain.policy.start(chain.denoiser.time_input(chain.times))  # what a policy does once is no cost of an image
     counted = replace(chain, rows=len(seeds))
     if type(chain.policy) is Full:  # all its calls are the same, so one step stands for all
         counted = replace(counted, ts=chain.ts[[0, -1]])

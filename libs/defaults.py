@@ -19,15 +19,18 @@ def base_config() -> ConfigDict:
         "schedule": {"name": "vp_linear"},
         "denoiser": {"prediction": "eps", "time_input": "999t"},
         "cond": {
-            "kind": "none",  # none, label
+            "kind": "none",  # none, label, text
             "num_classes": 0,  # labels go from 0 to num_classes - 1
             "null_label": -1,  # the label that means no class; -1 if the network has none
-            "drop": 0.0,  # rate at which training replaces a label by the null label
+            "drop": 0.0,  # rate at which training replaces a label by the null label, a text by the empty one
+            "text_encoder": "openai/clip-vit-large-patch14",  # of a text: a CLIPTextModel's hub id or folder
+            "tokens": 77,  # to which a text is cut off or padded
         },
         "codec": {"name": "pixel"},
         "data": {
-            "name": "cifar10",
+            "name": "cifar10",  # see libs/data/loaders.py; features: what prepare_data.py latents wrote
             "path": "data/cifar10",
+            "split": "train",  # train, test: of the data sets that have both
             "image_size": 32,
             "channels": 3,
             "labels": "none",  # of an image folder: none, or folders

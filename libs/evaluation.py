@@ -174,8 +174,7 @@ class ClipScore:
 
     def __init__(self, extractors: Extractors, request: Request):
         if not request.prompts:
-            raise UserError("eval.metrics: clip_score needs the prompts of the images; give --images and --prompts, or "
-                            "leave it out")
+            raise UserError("eval.metrics: clip_score needs the prompts of the images; give --prompts, or leave it out")
         self.model = request.section["clip_model"]
         self.extractor = CLIPFeatures(self.model, request.device)
         self.sums = torch.zeros(3, dtype=torch.float64)  # of the cosines, of their positive parts, of 1
@@ -231,16 +230,19 @@ class Metrics:
 def score_seeds(metrics: Metrics, chain: Chain, seeds: list[int], label_of: Mapping[int, int] | None = None,
                 folder: ImageFolder | None = None, bar: bool = True) -> tuple[int, float]:
     """Show every seed's image to the metrics once: from `folder` where it is there already, else generated (and
-    kept in `folder`). Returns the number of images generated and the seconds that took.
+    kept in `folder`). The prompts are the chain's. Returns the number of images generated and the seconds that took.
     """
     def labels(batch: list[int]) -> list[int] | None:
         return None if label_of is None else [label_of[seed] for seed in batch]
+
+    def update(batch: list[int], images: Tensor) -> None:
+        metrics.update(images, labels(batch), None if chain.contexts is None else chain.contexts.texts(batch))
 
     missing = seeds if folder is None else folder.missing(seeds)
     ready = sorted({*seeds} - {*missing})
     for start in range(0, len(ready), BATCH):
         batch = ready[start:start + BATCH]
-        metrics.update(folder.load(batch), labels(batch))
+        update(batch, folder.load(batch))
     seconds, began = 0.0, time.perf_counter()
     with tqdm(total=len(missing), desc="sampling", unit="image", disable=not bar) as progress:
         for batch, images in chain.images(missing, labels(missing)):
@@ -248,7 +250,7 @@ def score_seeds(metrics: Metrics, chain: Chain, seeds: list[int], label_of: Mapp
             seconds += time.perf_counter() - began
             if folder is not None:
                 folder.save(batch, images)
-            metrics.update(images, labels(batch))
+            update(batch, images)
             progress.update(len(batch))
             began = time.perf_counter()
     return len(missing), seconds
@@ -285,6 +287,9 @@ def reference(request: Request, features: str | None = None, images: bool = Fals
     if (features, data["name"]) in SHIPPED:
         return data["name"], f"{data['name']}, shipped"
     data.pop("flip")  # concerns training
+    if data["name"] == "features":
+        raise UserError(f"eval.reference={named!r} gives no {'images' if images else 'statistics'}, and data.name="
+                        "'features' holds latents; name an npz of statistics or an image folder")
     try:
         return load_data(**data), data["name"]
     except UserError as error:

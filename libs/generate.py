@@ -1,7 +1,7 @@
-"""Generation: seeds (and labels) -> images, through every link of the chain.
+"""Generation: seeds (and labels, or texts) -> images, through every link of the chain.
 
-Image i depends on seed i alone. Kernels give a row the same bits only at an equal number of rows, so the
-network always sees `rows` images at a time, the last group padded, whatever the batch size.
+Image i depends on seed i, and its label or prompt, alone. Kernels give a row the same bits only at an equal number of
+rows, so the network always sees `rows` images at a time, the last group padded, whatever the batch size.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .contexts import Contexts
 from .denoiser import Denoiser, guided, thresholded
+from .errors import UserError
 from .policies import Full
 from .random import Stream, normal
 from .samplers import evaluation_times
@@ -31,6 +33,7 @@ class Chain:
     takes_scale   the network takes w as an input and is called once, for no pair
     threshold     None, or (`static`, value) or (`dynamic`, quantile)
     rows          images in one call of the network (twice the rows under guidance)
+    contexts      what a text model is shown (`show`); its seeds' texts take the place of labels
     """
 
     policy: Full
@@ -46,10 +49,18 @@ class Chain:
     takes_scale: bool = False
     threshold: tuple[str, float] | None = None
     rows: int = 16
+    contexts: Contexts | None = None
     times: Tensor = field(init=False)
 
     def __post_init__(self):
         self.times = evaluation_times(self.sampler, self.ts, self.denoiser.schedule)
+
+    def show(self, contexts: Contexts) -> None:
+        """Make images of these texts from now on. Raises UserError where there is none to be guided against."""
+        if self.cfg_scale != 1 and not self.takes_scale and contexts.null is None:
+            raise UserError(f"sampler.cfg_scale={self.cfg_scale}: there is no empty_context.npy beside the texts' "
+                            "features to guide against; use 1.0")
+        self.contexts = contexts
 
     @property
     def nfe(self) -> int:
@@ -61,17 +72,16 @@ class Chain:
         """x_0 of up to `rows` images: (len(seeds), c, h, w) float32."""
         count = len(seeds)
         assert 0 < count <= self.rows, f"{count} seeds in a group of {self.rows} rows"
-        keys = torch.tensor([*seeds, *[seeds[-1]] * (self.rows - count)], device=self.device)
+        seeds = [*seeds, *[seeds[-1]] * (self.rows - count)]
+        keys = torch.tensor(seeds, device=self.device)
         denoise = self.denoiser
-        cond = None
-        if labels is not None:
-            cond = {"y": torch.tensor([*labels, *[labels[-1]] * (self.rows - count)], device=self.device)}
-        pair = cond is not None and self.cfg_scale != 1 and not self.takes_scale
+        cond = self._cond(seeds, labels)
+        pair = bool(cond) and self.cfg_scale != 1 and not self.takes_scale
         if pair:
-            denoise = guided(denoise, self.cfg_scale, {"y": torch.full_like(cond["y"], self.null_label)})
+            denoise = guided(denoise, self.cfg_scale, self._null(cond))
         if self.takes_scale:
             w = torch.full((self.rows,), self.cfg_scale, dtype=torch.float32, device=self.device)
-            cond = {**(cond or {}), "guidance": w}
+            cond = {**cond, "guidance": w}
         if self.threshold is not None:
             denoise = thresholded(denoise, self.denoiser.schedule, *self.threshold)
         self.policy.start(self.denoiser.time_input(self.times), rows_per_image=2 if pair else 1)
@@ -81,7 +91,22 @@ class Chain:
         x_0 = self.sampler(lambda x, t: denoise(x, t, cond), x_T, self.ts, self.denoiser.schedule,
                            noise=lambda k: normal(keys, k, self.shape, Stream.STEP),
                            **({} if after_step is None else {"after_step": after_step}))
+        self.policy.finish(count)
         return x_0[:count]
+
+    def _cond(self, seeds: list[int], labels: list[int] | None) -> dict[str, Tensor]:
+        """What the network is given for `rows` seeds; the last label stands for those that are missing."""
+        if self.contexts is not None:
+            return {"context": self.contexts(seeds)}
+        if labels is None:
+            return {}
+        return {"y": torch.tensor([*labels, *[labels[-1]] * (self.rows - len(labels))], device=self.device)}
+
+    def _null(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same of no label, or of the empty text."""
+        if "context" in cond:
+            return {"context": self.contexts.null.expand_as(cond["context"])}
+        return {"y": torch.full_like(cond["y"], self.null_label)}
 
     def images(self, seeds: list[int], labels: list[int] | None = None,
                batch_size: int | None = None) -> Iterator[tuple[list[int], Tensor]]:

@@ -18,6 +18,7 @@ from .data.folder import list_images
 from .data.images import save_png
 from .errors import UserError
 from .files import atomic_path, reason
+from .policies.exit_schedule import schedule_file
 from .provenance import file_sha256
 
 CHAIN = "chain.json"
@@ -36,6 +37,9 @@ def fingerprint(config: Mapping, checkpoint: Path, labels_rule: str | None = Non
     adaptor = held["policy"].get("adaptor")
     if adaptor not in (None, *TRAINING_FREE):  # trained again, the same name makes other images
         held["adaptor_sha256"] = file_sha256(resolve_adaptor(adaptor))
+    schedule = schedule_file(held["policy"].get("schedule", ""))
+    if schedule is not None:
+        held["schedule_sha256"] = file_sha256(schedule)
     return json.loads(json.dumps(held))  # tuples become lists, as they will when it is read again
 
 

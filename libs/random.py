@@ -27,6 +27,7 @@ class Stream(IntEnum):
     DATA_ORDER = 6
     ENCODE = 7  # sampling of an autoencoder's latents
     TRAIN_GUIDANCE = 8  # scale of a guided teacher
+    TRAIN_CAPTION = 9  # which of an image's captions
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

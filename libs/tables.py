@@ -28,6 +28,9 @@ def result_row(result: Mapping[str, Any]) -> dict[str, str]:
         row |= {"method": result["method"]["name"], "sampler": sampler["name"], "NFE": str(result["nfe"])}
         row |= {"cfg_scale": f"{sampler['cfg_scale']:g}"} if sampler["cfg_scale"] != 1 else {}
         row |= {"GMACs": f"{whole:.4g}", "attention": f"{1 - rest / whole:.1%}"}
+    if "layer_ratio" in result.get("policy", {}):  # early exit
+        row |= {"method": f"{row['method']}, {result['method']['mode']}",
+                "layers": f"{result['policy']['layer_ratio']:.3f}"}
     row |= metric_columns(result)
     if "benchmark" in result:
         fastest = max(result["benchmark"]["batches"], key=lambda batch: batch["images_per_second"])

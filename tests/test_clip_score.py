@@ -14,7 +14,7 @@ from libs.data.images import save_png
 from libs.errors import UserError
 from libs.image_folder import ImageFolder
 from libs.metrics.clip_score import CLIPFeatures
-from libs.pipelines.prompts import prompts_id
+from libs.prompts import prompts_id
 
 PROMPTS = ["a cat", "a photo of the red sea", "a blurry dog, a dog, a dog, a dog, a dog and a dog"]  # the last is cut
 
@@ -183,11 +183,11 @@ def test_images_without_seeds_or_prompts_are_refused(model, run_main, tmp_path):
     assert ran.stderr.startswith("error: --prompts=a cat: the image cat.png of")
     argv = ["--config=configs/sd15.py", f"--out={tmp_path / 'a.json'}", "--config.eval.metrics=clip_score"]
     ran = run_main(eval_script.main, *argv, f"--images={tmp_path / 'images'}")
-    assert ran.stderr.startswith("error: eval.metrics: clip_score needs the prompts of the images; give --images and")
+    assert ran.stderr.startswith("error: eval.metrics: clip_score needs the prompts of the images; give --prompts")
     ran = run_main(eval_script.main, *argv, "--seeds=0-3")
     assert ran.stderr.startswith("error: --seeds=0-3: a pipeline's images are made by sample.py and scored with")
-    ran = run_main(eval_script.main, *argv, "--seeds=0-3", "--prompts=a cat")
-    assert ran.stderr.startswith("error: --prompts=a cat belongs to --images, not to --seeds")
+    ran = run_main(eval_script.main, "--config=configs/digits_uvit.py", "--seeds=0-3", "--prompts=a cat", argv[1])
+    assert ran.stderr.startswith("error: --prompts=a cat: this model takes no text (cond.kind='label')")
 
 
 def test_a_folder_of_another_model_is_refused(tmp_path):

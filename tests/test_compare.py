@@ -6,15 +6,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_exits
 import torch
 from PIL import Image
 
 from libs import compare
-from libs.compare import Cell, Grid, TimeLimit, equal_cell, load_grid, plan, psnr
+from libs.compare import TimeLimit
+from libs.compare_grid import Cell, equal_cell, load_grid, plan
+from libs.compare_run import Grid, psnr
 from libs.config import ROOT
 from libs.files import atomic_path
 from libs.image_folder import ImageFolder
 from libs.plots import digest, draw, drawn_digest, points
+from libs.policies.early_exit import EarlyExit
+from libs.policies.exit_schedule import depths_of
 from libs.tables import read_cells
 
 DIGITS = {"config": "configs/digits_uvit.py", "sampler": "ddim"}
@@ -168,6 +173,79 @@ def test_a_cell_without_its_file_is_left_out(run):
     assert ran.status == 0, ran.stderr
     assert list(held) == ["digits_uvit_full_ddim_2"]
     assert "digits_uvit_net_ddim_2 is left out: nowhere.safetensors is missing" in ran.stderr
+
+
+def test_cells_of_a_missing_checkpoint_are_left_out_with_their_plain_ones(run):
+    cell = DIGITS | REUSE | {"steps": 2, "checkpoint": "runs/nowhere"}
+    ran, held = run([cell, DIGITS | {"steps": 2}])
+    assert ran.status == 0, ran.stderr
+    assert list(held) == ["digits_uvit_full_ddim_2"]
+    for label in ("full", "reuse"):
+        assert f"nowhere_{label}_ddim_2 is left out: checkpoint runs/nowhere is missing" in ran.stderr
+
+
+def test_an_early_exit_cell_says_how_deep_its_images_went(run, tmp_path):
+    """Beside quality and cost, which is counted over as many images as the cell asks for."""
+    (tmp_path / "tiny").mkdir()
+    cell = {"config": str(tiny_exits.write(tmp_path / "tiny")), "sampler": "ddim", "steps": 6, "label": "exit",
+            "policy": "early_exit", "settings": {"threshold": 0.5}, "cost_images": 4, "family": "per sample"}
+    ran, held = run([cell])
+    assert ran.status == 0, ran.stderr
+    result = held["tiny_exit_ddim_6"]
+    assert result["cell"]["family"] == "per sample"
+    assert "family" not in held["tiny_full_ddim_6"]["cell"]
+    assert result["gmacs_per_image"]["counted_images"] == 4
+    costs = [held[f"tiny_{label}_ddim_6"]["gmacs_per_image"]["with_attention_products"] for label in ("exit", "full")]
+    assert 0.2 < result["policy"]["layer_ratio"] <= result["policy"]["executed_ratio"] < 0.95
+    assert costs[0] / costs[1] == pytest.approx(result["policy"]["executed_ratio"], abs=0.1)
+    assert any(name.startswith("tiny_full_ddim_") and name != "tiny_full_ddim_6" for name in held)  # of equal cost
+    other = load_grid(str(tmp_path / "grid.py"))
+    prints = {Grid(other, tmp_path, tmp_path, 4).fingerprint(replace(other[0], cost_images=count)) for count in (0, 4)}
+    assert len(prints) == 2
+
+
+def test_names_and_schedules_of_the_sweep_of_early_exit():
+    cells = load_grid("configs/early_exit.py")
+    assert [cell.steps for cell in cells] == sorted(cell.steps for cell in cells)
+    for sampler, steps in (("dpm_solver_pp", 8), ("dpm_solver_pp", 20), ("dpm_solver", 50)):
+        own = {cell.name: cell for cell in cells if (cell.sampler, cell.steps) == (sampler, steps)}
+        assert f"cifar10_uvit_tiny_full_{sampler}_{steps}" in own  # before fine-tuning
+        assert f"cifar10_uvit_tiny_early_exit_full_{sampler}_{steps}" in own
+        families = [cell.family for cell in own.values() if cell.family]
+        assert sorted({name: families.count(name) for name in families}.values()) == [3, 4, 5, 6]
+        schedules = [cell.settings["schedule"] for cell in own.values() if "schedule" in cell.settings]
+        assert [len(depths_of(text, 13, torch.arange(steps))) for text in schedules] == [steps] * 7
+    for cell in cells:
+        EarlyExit(**cell.settings)
+        assert cell.policy == "full" or cell.cost_images >= 32
+    assert not any(cell.fixed for cell in cells if "student" not in cell.name)
+
+
+def test_the_released_results_are_cells_of_the_declared_grid():
+    """And early exit's cells there are those of its own grid, so that their files serve both."""
+    cells = load_grid("configs/compare.py")
+    results = {path.stem: result for path in sorted((ROOT / "assets/results/compare").glob("*.json"))
+               for result in read_cells([path])}
+    assert results.keys() <= {cell.name for cell in plan(cells, results)}
+    sweep = {cell.name: replace(cell, family="") for cell in load_grid("configs/early_exit.py")}
+    shared = [cell for cell in cells if cell.config == "configs/cifar10_uvit_tiny.py"]
+    assert len(shared) == 12
+    assert all(sweep[cell.name] == cell for cell in shared)
+
+
+def test_outputs_are_named_after_the_grid(run_main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep.py").write_text(f"def get_grid():\n    return [{DIGITS | {'steps': 2}!r}]\n")
+    ran = run_main(compare.main, "--grid=sweep.py", "--samples=2", "--benchmark=false")
+    assert ran.status == 0, ran.stderr
+    assert (tmp_path / "assets/results/sweep/digits_uvit_full_ddim_2.json").is_file()
+    assert len(list((tmp_path / "outputs/sweep/digits_uvit_full_ddim_2").glob("*.png"))) == 2
+    path = tmp_path / "assets/results/sweep/digits_uvit_full_ddim_2.json"
+    result = json.loads(path.read_text())
+    result["metrics"]["frechet_cifar10"] = {"value": 3.0, "samples": 2}
+    path.write_text(json.dumps(result))
+    assert run_main(compare.main, "--grid=sweep.py", "--plot").status == 0
+    assert drawn_digest(tmp_path / "assets/sweep.png") == digest(points([result]))
 
 
 def test_picture_holds_the_digest_of_what_it_shows(tmp_path):

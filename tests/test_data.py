@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from libs.data import ImageData, folder, load_data
+from libs.data import ImageData, cache, load_data, pictures
 from libs.data.folder import folder_batches
+from libs.data.image_data import host_rows
 from libs.data.images import image_grid, save_png
 from libs.data.loaders import CIFAR10_CLASSES
 from libs.errors import UserError
@@ -55,7 +56,7 @@ def test_digits_have_one_shape_and_one_split():
 
 
 def test_unknown_names_list_the_choices():
-    refused("data.name='mnist'", "digits, cifar10, folder", name="mnist")
+    refused("data.name='mnist'", "digits, cifar10, celeba, imagenet, coco, folder", name="mnist")
     refused("data.channels=4", "1, 3", name="folder", channels=4)
     refused("data.split='val'", "train, test", name="folder", split="val")
     refused("data.labels='names'", "none, folders", name="folder", labels="names")
@@ -227,8 +228,8 @@ def test_reading_processes_give_the_same(tmp_path, monkeypatch):
     for i in range(7):
         write_image(tmp_path / f"{i}.png", color=(i, 2 * i, 3 * i))
     alone = load_data("folder", tmp_path, image_size=8, cache=False).images
-    monkeypatch.setattr(folder, "PARALLEL_FROM", 1)
-    monkeypatch.setattr(folder, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(pictures, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(pictures, "CHUNK_BYTES", 1)
     together = load_data("folder", tmp_path, image_size=8, cache=False, workers=2).images
     assert torch.equal(alone, together)
     (tmp_path / "3.png").write_bytes(b"not an image")
@@ -247,7 +248,7 @@ def test_second_read_takes_the_stored_copy(tmp_path, monkeypatch):
         write_image(tmp_path / f"{i}.png", color=(i, 0, 0))
     first = load_data("folder", tmp_path, image_size=8).images
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "decode", None)  # calling it would fail
+        patch.setattr(pictures, "decode", None)  # calling it would fail
         second = load_data("folder", tmp_path, image_size=8).images
     assert torch.equal(first, second)
 
@@ -278,11 +279,8 @@ def test_writing_into_a_batch_leaves_the_stored_copy_alone(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_read_all_the_same(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
     write_image(tmp_path / "0.png", color=(5, 5, 5))
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(cache.os, "access", lambda path, mode: False)
     assert load_data("folder", tmp_path, image_size=8).images.unique().tolist() == [5]
     assert stored_files(tmp_path) == []
 
@@ -312,7 +310,8 @@ def test_images_that_do_not_fit_stay_in_host_memory(monkeypatch):
     images, labels = data.batch(torch.tensor([5, 0, 3]))
     assert images.device.type == labels.device.type == "meta"
     assert images.shape == (3, 2, 2, 3)
-    assert torch.equal(data._host_rows(torch.tensor([5, 0, 3])), data.images[[5, 0, 3]])
+    rows = host_rows(data.images, torch.tensor([5, 0, 3]), torch.device("cpu"))
+    assert torch.equal(rows, data.images[[5, 0, 3]])
 
 
 def test_images_move_when_they_fit():

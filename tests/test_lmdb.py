@@ -13,7 +13,7 @@ from PIL import Image
 import prepare_data
 import train
 from libs import config as config_files
-from libs.data import ImageData, lmdb_images, load_data, parallel
+from libs.data import ImageData, cache, lmdb_images, load_data, parallel
 from libs.data.lmdb_images import Record, pack_images
 from libs.errors import UserError
 
@@ -390,8 +390,8 @@ def test_the_stored_copy_is_taken_until_the_database_changes(tmp_path, images, m
 
 def test_a_full_disk_is_read_into_memory(tmp_path, images, monkeypatch):
     pack_images(images, tmp_path / "db", [16], workers=1)
-    usage = lmdb_images.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(lmdb_images.shutil, "disk_usage", lambda path: usage._replace(free=6 * 16 * 16 * 3))
+    usage = cache.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage._replace(free=6 * 16 * 16 * 3))
     full = load_data("lmdb", tmp_path / "db", 16).images
     assert stored_files(tmp_path / "db") == []
     monkeypatch.undo()

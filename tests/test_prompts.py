@@ -5,7 +5,7 @@ import json
 import pytest
 
 from libs.errors import UserError
-from libs.pipelines.prompts import prompts_id, prompts_of, read_prompts
+from libs.prompts import prompts_id, prompts_of, read_prompts
 
 
 def write_captions(path, images):

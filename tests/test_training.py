@@ -551,7 +551,8 @@ def test_batch_that_processes_cannot_share():
 @pytest.mark.parametrize(("changes", "text"), [
     ({"cond.num_classes": 9}, "cond.num_classes=9: the data set has labels up to 9"),
     ({"cond.null_label": -1}, "cond.drop=0.1: there is no cond.null_label"),
-    ({"cond.kind": "text"}, "cond.kind='text' is unknown; choose from none, label"),
+    ({"cond.kind": "text"}, r"cond.kind='text': this network takes no text tokens \(backbone.num_clip_token\)"),
+    ({"cond.kind": "words"}, "cond.kind='words' is unknown; choose from none, label, text"),
 ])
 def test_labels_that_do_not_fit(changes, text):
     config = tiny_config()

@@ -4,7 +4,9 @@ One class serves images, labels and text; parameter names, token order and patch
 ones, so the official `.pth` files load strictly.
 """
 
+import itertools
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..heads import UEMHeads
 from .attention import choose_attention, sdpa_attention
 
-PARTS = 4  # of a batch, one after another, in which the heads of all layers run
+TOGETHER = 4  # layers whose heads run in one batch
 GUIDANCE_UNIT = 10.0  # sinusoids see 10 w: a change of w by a tenth shows, one by a thousandth hardly
 
 
@@ -251,48 +253,59 @@ class UViT(nn.Module):
         tokens (b, extras + patches, d) after that block, time what `uem_time` gives; returns (b, patches, p1 p2 c) in
         float32, from 0 to 1. `unpatchify` makes maps of it.
         """
-        return self.lte_classifer(tokens[:, self.extras:], time, layer)
+        return self.lte_classifer(tokens[None], time, layer)[0, :, self.extras:]  # cutting tokens would copy them
 
-    def every_head(self, maps: list[Tensor], time: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Output and certainty after every layer, each (layers, b, c, h, w), as one batched operation.
+    def layers(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Run the blocks on what `embed` gives: the tokens after each of them in turn."""
+        skips = []
+        for block in self.in_blocks:
+            tokens = block(tokens)
+            skips.append(tokens)
+            yield tokens
+        tokens = self.mid_block(tokens)
+        yield tokens
+        for block in self.out_blocks:
+            tokens = block(tokens, skips.pop()) if self.has_skip else block(tokens)
+            yield tokens
+
+    def every_head(self, maps: Iterable[Tensor], time: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Output and certainty after every layer, each (layers, b, c, h, w), by batched operations over the layers.
 
         maps: the tokens (b, extras + patches, d) after each layer. The uncertainty heads do not pass gradients on to
         them. Without uncertainty heads the certainty is None.
-        """
-        def run(time: Tensor | None, *maps: Tensor) -> tuple[Tensor, Tensor | None]:
-            tokens = torch.stack([each[:, self.extras:] for each in maps])  # n b l d
-            n, b = tokens.shape[:2]
-            patches = self.decoder_pred(self.norm(tokens)).flatten(0, 1)
-            out = self.final_layer(self.unpatchify(patches)).unflatten(0, (n, b))
-            if self.lte_classifer is None:
-                return out, None
-            certainty = self.lte_classifer(tokens.detach(), time)
-            return out, self.unpatchify(certainty.flatten(0, 1)).unflatten(0, (n, b))
 
-        # A part's stack of tokens is made again in the backward pass: kept, it would cost a fifth of all activations.
-        parts = []
-        step = -(-len(maps[0]) // PARTS)
-        for start in range(0, len(maps[0]), step):
-            part = slice(start, start + step)
-            inputs = (None if time is None else time[part], *(each[part] for each in maps))
-            parts.append(checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
-                         if torch.is_grad_enabled() else run(*inputs))
-        out, certainty = zip(*parts, strict=True)
-        return torch.cat(out, dim=1), None if self.lte_classifer is None else torch.cat(certainty, dim=1)
+        The heads of `TOGETHER` layers run in one batch, as soon as an iterator has given these layers' tokens; so does
+        their backward pass, just before that of these layers. All heads at the end would need the gradients of all
+        layers at once. What is batched is made again in the backward pass, where kept it would cost as much.
+        """
+        maps = iter(maps)
+        out, certainty, first = [], [], 0
+        while group := list(itertools.islice(maps, TOGETHER)):
+            arguments = (first, time, *group)
+            results = (checkpoint(self._heads, *arguments, use_reentrant=False, preserve_rng_state=False)
+                       if torch.is_grad_enabled() else self._heads(*arguments))
+            out.append(results[0])
+            certainty.append(results[1])
+            first += len(group)
+        return torch.cat(out), None if self.lte_classifer is None else torch.cat(certainty)
+
+    def _heads(self, first: int, time: Tensor | None, *maps: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`every_head` of some layers, of which `first` is the first."""
+        def images(values: Tensor) -> Tensor:  # n b extras+patches p1p2c -> n b c h w
+            return self.unpatchify(values[:, :, self.extras:].flatten(0, 1))
+
+        tokens = torch.stack(maps)
+        size = tokens.shape[:2]
+        out = self.final_layer(images(self.decoder_pred(self.norm(tokens)))).unflatten(0, size)
+        if self.lte_classifer is None:
+            return out, None
+        return out, images(self.lte_classifer(tokens.detach(), time, first)).unflatten(0, size)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None,
                 guidance: Tensor | None = None, every_layer: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
-        x = self.embed(x, timesteps, y, context, guidance)
-        skips = []
-        for block in self.in_blocks:
-            x = block(x)
-            skips.append(x)
-        maps = [*skips] if every_layer else []
-        x = self.mid_block(x)
-        for block in self.out_blocks:
-            if every_layer:
-                maps.append(x)
-            x = block(x, skips.pop()) if self.has_skip else block(x)
-        if not every_layer:
-            return self.head(x)
-        return self.every_head([*maps, x], self.uem_time(timesteps))
+        layers = self.layers(self.embed(x, timesteps, y, context, guidance))
+        if every_layer:
+            return self.every_head(layers, self.uem_time(timesteps))
+        for tokens in layers:  # noqa: B007, the last is what counts
+            pass
+        return self.head(tokens)

@@ -45,11 +45,7 @@ class ImageData:
 
     def fits_on(self, device: torch.device | str) -> bool:
         """Whether all images fit in the share of the device's free memory that is meant for data."""
-        device = torch.device(device)
-        if device.type != "cuda":
-            return True
-        free, _ = torch.cuda.mem_get_info(device)
-        return self.images.nbytes <= DEVICE_SHARE * free
+        return fits_on(self.images, torch.device(device))
 
     def to(self, device: torch.device | str) -> ImageData:
         """The same data with batches on `device`; the images move there too when they fit."""
@@ -78,10 +74,18 @@ class ImageData:
         )
         if self.images.device == self.device:
             return self.images[indices.to(self.device, non_blocking=True)], labels
-        return self._host_rows(indices.cpu()).to(self.device, non_blocking=True), labels
+        return host_rows(self.images, indices.cpu(), self.device).to(self.device, non_blocking=True), labels
 
-    def _host_rows(self, indices: Tensor) -> Tensor:
-        """Rows gathered into page-locked memory, from which the copy to a GPU runs beside the computation."""
-        pinned = self.device.type == "cuda"
-        rows = torch.empty((len(indices), *self.image_shape), dtype=torch.uint8, pin_memory=pinned)
-        return torch.index_select(self.images, 0, indices, out=rows)
+
+def fits_on(array: Tensor, device: torch.device) -> bool:
+    """Whether `array` fits in the share of the device's free memory that is meant for data."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return array.nbytes <= DEVICE_SHARE * free
+
+
+def host_rows(array: Tensor, indices: Tensor, device: torch.device) -> Tensor:
+    """Rows gathered, for a GPU into page-locked memory, from which the copy runs beside the computation."""
+    rows = torch.empty((len(indices), *array.shape[1:]), dtype=array.dtype, pin_memory=device.type == "cuda")
+    return torch.index_select(array, 0, indices, out=rows)

@@ -11,8 +11,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
-import shutil
 import time
 import types
 from collections.abc import Iterator, Sequence
@@ -23,15 +21,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from absl import logging
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import atomic_path, reason
-from .folder import MODES, cache_file, decode, drop_outdated, files_digest, list_images
+from ..files import reason
+from .cache import cache_file, cached_array
+from .folder import MODES, decode
+from .image_files import files_digest, list_images
 from .parallel import cores, items
 
 LENGTH, RECORD = b"length", b"record"
@@ -250,22 +249,10 @@ def read_lmdb(path: Path, image_size: int, channels: int, workers: int = 0, cach
     """
     with _open_to_read(path) as env, env.begin() as txn:
         shape = (_length(txn, path, image_size), image_size, image_size, channels)
-        stored = cache_file(path, files_digest(path, ["data.mdb"]), image_size, channels)
-        with contextlib.suppress(OSError, ValueError):  # missing or damaged: it is made
-            return torch.from_numpy(np.load(stored, mmap_mode="c"))
+        digest = files_digest(path, ["data.mdb"])
+        stored = cache_file(path, digest, f"images_{image_size}x{channels}") if cache else None
         parts = _decoded(txn, path, shape, workers or min(8, cores()))
-        if not (cache and _has_room(path, int(np.prod(shape)))):
-            array = np.empty(shape, np.uint8)
-            for start, part in parts:
-                array[start:start + len(part)] = part
-            return torch.from_numpy(array)
-        with atomic_path(stored) as temporary, open(temporary, "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for _, part in parts:
-                file.write(part.data)
-    drop_outdated(stored)
-    return torch.from_numpy(np.load(stored, mmap_mode="c"))
+        return torch.from_numpy(cached_array(stored, shape, np.uint8, parts))
 
 
 @contextlib.contextmanager
@@ -313,8 +300,8 @@ def _sizes(txn: Any) -> list[int]:
     return sorted(int(size) for size in found if size.isdigit())
 
 
-def _decoded(txn: Any, path: Path, shape: tuple[int, ...], workers: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (index of the first, uint8 (b, h, w, c)) of groups of images."""
+def _decoded(txn: Any, path: Path, shape: tuple[int, ...], workers: int) -> Iterator[np.ndarray]:
+    """Yield groups of images, uint8 (b, h, w, c)."""
     length, size, _, channels = shape
     task = partial(_decode, size=size, channels=channels, path=path)
     # Threads, since Pillow lets go of Python's lock while it decodes a JPEG.
@@ -323,7 +310,7 @@ def _decoded(txn: Any, path: Path, shape: tuple[int, ...], workers: int) -> Iter
             keys = [key(size, index) for index in range(start, min(start + GROUP, length))]
             # The files are taken here: a transaction belongs to one thread.
             group = np.stack(list(pool.map(task, keys, [txn.get(name) for name in keys])))
-            yield start, group
+            yield group
             bar.update(len(group))
 
 
@@ -340,13 +327,6 @@ def _decode(name: bytes, jpeg: bytes | None, size: int, channels: int, path: Pat
     if image.size != (size, size):
         raise UserError(f"{where} has {image.width}x{image.height} pixels")
     return np.array(image).reshape(size, size, channels)
-
-
-def _has_room(path: Path, nbytes: int) -> bool:
-    if os.access(path, os.W_OK) and shutil.disk_usage(path).free > nbytes:
-        return True
-    logging.info("%.1f GB of decoded images go into memory: %s has no room for them", nbytes / 1e9, path)
-    return False
 
 
 def _package(who: str) -> types.ModuleType:

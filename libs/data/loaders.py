@@ -9,9 +9,13 @@ import torch
 from ..errors import UserError, choose
 from ..factory import load_function
 from ..files import reason
-from .folder import MODES, list_images, read_folder
+from .feature_data import FeatureData, read_features
+from .folder import MODES
 from .image_data import ImageData
+from .image_files import Folder
 from .lmdb_images import read_lmdb
+from .pictures import Pictures
+from .raw import celeba, coco, imagenet
 from .torch_dataset import read_dataset
 
 # The order of CIFAR-10's own labels 0 to 9.
@@ -44,8 +48,9 @@ def load_data(
     cache: bool = True,
     workers: int = 0,
     factory: str = "",
-) -> ImageData:
-    """Read a data set into host memory, as uint8 images (n, image_size, image_size, channels).
+) -> ImageData | FeatureData:
+    """Read a data set into host memory, as uint8 images (n, image_size, image_size, channels), or the latents that
+    stand in their place (name="features").
 
     name: one of READERS.
     path: folder of the data; `digits` and `factory` need none.
@@ -64,7 +69,8 @@ def load_data(
     choose("data.labels", labels, ["none", "folders"])
     if image_size < 1:
         raise UserError(f"data.image_size={image_size} must be at least 1")
-    return reader(DataRequest(str(path), image_size, channels, split, labels, download, cache, workers, factory))
+    data = reader(DataRequest(str(path), image_size, channels, split, labels, download, cache, workers, factory))
+    return data.read(image_size, channels, workers, cache) if isinstance(data, Pictures) else data
 
 
 def read_digits(request: DataRequest) -> ImageData:
@@ -78,7 +84,7 @@ def read_digits(request: DataRequest) -> ImageData:
     return ImageData(images, torch.from_numpy(digits.target).long(), tuple(map(str, range(10))))
 
 
-def read_cifar10(request: DataRequest) -> ImageData:
+def read_cifar10(request: DataRequest) -> ImageData | Pictures:
     """CIFAR-10 from torchvision's archive or from folders `[train/]airplane/*.png`; labels in its order."""
     _native_shape("cifar10", request, image_size=32, channels=3)
     root = _existing_folder(request, make=request.download)
@@ -87,7 +93,7 @@ def read_cifar10(request: DataRequest) -> ImageData:
         folders = [root / request.split] + ([root] if request.split == "train" else [])
         for folder in folders:
             if any((folder / name).is_dir() for name in CIFAR10_CLASSES):
-                return _read_class_folders(folder, CIFAR10_CLASSES, request)
+                return _class_folders(folder, CIFAR10_CLASSES)
     if archive or request.download:
         return _read_cifar10_archive(root, request)
     raise UserError(
@@ -96,7 +102,7 @@ def read_cifar10(request: DataRequest) -> ImageData:
     )
 
 
-def read_image_folder(request: DataRequest) -> ImageData:
+def read_image_folder(request: DataRequest) -> Pictures:
     """Any folder of images, centre-cropped and resized; labels only where the config asks for them."""
     root = _existing_folder(request)
     if (root / request.split).is_dir():
@@ -104,11 +110,12 @@ def read_image_folder(request: DataRequest) -> ImageData:
     elif request.split != "train":
         raise UserError(f"data.split={request.split!r}: {root} has no folder of that name")
     if request.labels == "none":
-        return ImageData(_read(root, list_images(root), request))
-    classes = {name.split("/")[0] for name in list_images(root) if "/" in name}
+        files = Folder(root)
+        return Pictures(files, files.names())
+    classes = {name.split("/")[0] for name in Folder(root).names() if "/" in name}
     if not classes:
         raise UserError(f"data.labels='folders', but the images of {root} lie in no class folders")
-    return _read_class_folders(root, tuple(sorted(classes)), request)
+    return _class_folders(root, tuple(sorted(classes)))
 
 
 def read_image_database(request: DataRequest) -> ImageData:
@@ -128,8 +135,29 @@ def read_factory(request: DataRequest) -> ImageData:
     return ImageData(*read_dataset(dataset, field, request.image_size, request.channels, request.workers))
 
 
-READERS = {"digits": read_digits, "cifar10": read_cifar10, "folder": read_image_folder, "lmdb": read_image_database,
-           "factory": read_factory}
+def read_celeba(request: DataRequest) -> Pictures:
+    """CelebA's aligned faces, cut out as in the works that report on them; no labels."""
+    return celeba(_existing_folder(request), request.split)
+
+
+def read_imagenet(request: DataRequest) -> Pictures:
+    """ImageNet with guided-diffusion's centre crop; classes by folders or by the files' names."""
+    return imagenet(_existing_folder(request), request.split)
+
+
+def read_coco(request: DataRequest) -> Pictures:
+    """MS-COCO 2014 from its zip files; its test images are val2014."""
+    return coco(_existing_folder(request), request.split)
+
+
+def read_feature_files(request: DataRequest) -> FeatureData:
+    """Latents and text features as prepare_data.py latents, prepare_data.py text and U-ViT write them."""
+    return read_features(_existing_folder(request), request.split, request.cache)
+
+
+READERS = {"digits": read_digits, "cifar10": read_cifar10, "celeba": read_celeba, "imagenet": read_imagenet,
+           "coco": read_coco, "folder": read_image_folder, "lmdb": read_image_database, "factory": read_factory,
+           "features": read_feature_files}
 
 
 def _one_split(name: str, request: DataRequest) -> None:
@@ -155,13 +183,10 @@ def _existing_folder(request: DataRequest, make: bool = False) -> Path:
     return root
 
 
-def _read(root: Path, names: list[str], request: DataRequest) -> torch.Tensor:
-    return read_folder(root, names, request.image_size, request.channels, request.workers, request.cache)
-
-
-def _read_class_folders(root: Path, classes: tuple[str, ...], request: DataRequest) -> ImageData:
+def _class_folders(root: Path, classes: tuple[str, ...]) -> Pictures:
     """Images of `root/{class}/`, label = position in `classes`."""
-    names = list_images(root)
+    files = Folder(root)
+    names = files.names()
     numbers = {name: number for number, name in enumerate(classes)}
     labels = [numbers.get(name.split("/")[0]) for name in names]
     if None in labels:
@@ -171,7 +196,7 @@ def _read_class_folders(root: Path, classes: tuple[str, ...], request: DataReque
     empty = [name for name in classes if numbers[name] not in present]
     if empty:
         raise UserError(f"data.path={str(root)!r} has no images of the class {', '.join(empty)}")
-    return ImageData(_read(root, names, request), torch.tensor(labels), classes)
+    return Pictures(files, names, labels, classes)
 
 
 def _read_cifar10_archive(root: Path, request: DataRequest) -> ImageData:

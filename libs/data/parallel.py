@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
 
+PARALLEL_FROM = 2000  # fewer images than this are read faster than processes start
+
 
 def cores() -> int:
     """How many processors this process may use."""

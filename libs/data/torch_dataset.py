@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import reason
-from .folder import MODES, PARALLEL_FROM
-from .parallel import cores, items
+from .folder import MODES
+from .parallel import PARALLEL_FROM, cores, items
 
 
 def read_dataset(

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from ..cli import choose_device, output_dir
 from ..errors import UserError, choose
 from ..processes import Processes
+from ..prompts import read_prompts
 from ..training import Run, choose_precision, validate
 from .adaptor_training import FILE, LEARNED, AdaptorTraining
 from .trajectories import chain_teacher, pipeline_teacher
@@ -58,8 +59,6 @@ def distil(config: ConfigDict, workdir: str, checkpoint: str | None, prompts: st
     start = "" if of_pipeline else str(checkpoint or config.checkpoint)
     run = Run(output_dir(workdir, "workdir"), config, start, processes)
     if of_pipeline:
-        from ..pipelines.prompts import read_prompts
-
         teacher = pipeline_teacher(config, read_prompts(prompts), processes.device)
     else:
         teacher = chain_teacher(config, checkpoint, processes.device, overrides)

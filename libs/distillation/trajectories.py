@@ -20,6 +20,7 @@ from ..policies.clockwork import Clockwork
 from ..policies.hooks import Deep, Mode, attach
 from ..policies.sites import Sites, deep_sizes, sites, unwrap
 from ..processes import Processes
+from ..prompts import prompts_id, prompts_of
 from ..seeds import parse_labels
 
 FIRST_SEED = 2**62  # training draws its seeds from here on; evaluations, which count from 0, never get there
@@ -55,7 +56,6 @@ def chain_teacher(config: ConfigDict, checkpoint: str | None, device: torch.devi
 
 def pipeline_teacher(config: ConfigDict, prompts: list[str], device: torch.device) -> Teacher:
     """The UNet of a diffusers pipeline, seed i with prompt i modulo their number. Nothing is decoded to images."""
-    from ..pipelines.prompts import prompts_id, prompts_of
     from ..pipelines.sampling import PipelineSampler
 
     if config.pipeline.name == "controlnet":

@@ -41,23 +41,21 @@ class UEMHeads(nn.ModuleList):
             nn.init.trunc_normal_(head.lte.weight, std=0.02)
             nn.init.zeros_(head.lte.bias)
 
-    def forward(self, tokens: Tensor, time: Tensor | None = None, layer: int | None = None) -> Tensor:
-        """Certainty of every value of every patch, float32, from 0 to 1.
+    def forward(self, tokens: Tensor, time: Tensor | None = None, first: int = 0) -> Tensor:
+        """Certainty of every value of every patch, (n, b, l, out) in float32, from 0 to 1, in one batched product.
 
-        tokens: of all layers (n, b, l, d), in one batched product, or with `layer` of that one layer (b, l, d).
-        time: (b, d) timestep embedding, for the form `paper`.
-        Returns (n, b, l, out), or (b, l, out).
+        tokens: (n, b, l, d) of n layers, of which `first` is the first. time: (b, d) timestep embedding, for the form
+        `paper`.
         """
-        heads = self if layer is None else [self[layer]]
+        n, b, l, d = tokens.shape
+        heads = [*self][first:first + n]
         weight = torch.stack([head.lte.weight for head in heads])  # n out d (or 2d)
         bias = torch.stack([head.lte.bias for head in heads])[:, None]  # n 1 out
         if self.form == "paper":
             weight, of_time = weight.split(self.dim, dim=2)
             bias = bias + time.to(of_time.dtype) @ of_time.mT  # n b out; W [x, e] = W_x x + W_e e
-        n, (b, l, d) = len(heads), tokens.shape[-3:]
-        certainty = (tokens.reshape(n, b * l, d) @ weight.mT).view(n, b, l, -1) + bias[:, :, None]
-        certainty = certainty.float().sigmoid()
-        return certainty if layer is None else certainty[0]
+        logits = (tokens.reshape(n, b * l, d) @ weight.mT).view(n, b, l, -1) + bias[:, :, None]
+        return logits.float().sigmoid()
 
 
 def infer_form(tensors: Mapping[str, Tensor], dim: int) -> str:

@@ -32,9 +32,9 @@ from ..files import reason
 from ..hub import find_model, model_id, quiet
 from ..image_folder import ImageFolder
 from ..policies import make_spec
+from ..prompts import prompts_id, prompts_of
 from ..provenance import file_sha256, machine
 from .apply import Handle, apply_policy
-from .prompts import prompts_id, prompts_of
 
 FAMILIES = {
     "sd15": diffusers.StableDiffusionPipeline,

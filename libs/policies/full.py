@@ -23,7 +23,10 @@ class Full:
         self.rows_per_image = 1
 
     def prepare(self, chain: Any) -> None:
-        """Called once with the finished `generate.Chain`, for a policy that calibrates itself on samples of it."""
+        """Called once with the finished `generate.Chain`, for a policy that calibrates itself on samples of it.
+
+        The weights may be none yet, so such a policy waits for the first `start`.
+        """
 
     def start(self, times: Tensor, rows_per_image: int = 1) -> None:
         """A new denoising loop: forget all of the previous one.
@@ -45,12 +48,18 @@ class Full:
         self.rows += len(x)
         return self.net(x, timesteps, y=y, context=context, **more)
 
+    def finish(self, count: int) -> None:
+        """The loop has ended; its first `count` images were asked for, the others pad the batch."""
+
     def stats(self) -> dict:
         """What ran since the policy was made: calls of the network, and rows in them."""
         return {"calls": self.calls, "rows": self.rows}
 
-    def report(self) -> dict:
-        """What an evaluation should say of the images made so far, beside `stats`; {} for nothing."""
+    def report(self, processes: Any = None) -> dict:
+        """What an evaluation should say of the images made so far, beside `stats`; {} for nothing.
+
+        processes: a `processes.Processes`, each of which calls this: then of the images of all of them.
+        """
         return {}
 
     def disable(self) -> nn.Module:

@@ -5,14 +5,16 @@ permutation of the data seeded by (seed, e). Everything random about a sample is
 the batch is the same however it is cut among processes and parts, and there is no state to save.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..codecs import Codec
+from ..contexts import refuse_other_kind
 from ..data import ImageData, load_data
+from ..data.feature_data import FeatureData
 from ..errors import UserError, choose
 from ..random import Stream, normal, random_bits, uniform
 
@@ -22,7 +24,7 @@ class Batch:
     """What an objective sees of one part of a step.
 
     x_0        (b, c, h, w) float32 on the device, encoded
-    cond       {"y": (b,) int64} with some labels dropped, or None
+    cond       {"y": (b,) int64} with some labels dropped, {"context": (b, tokens, width)} with some texts, or None
     positions  (b,) int64 on the host, of the samples in the training sequence
     seed       of the training; with a position it decides every random number
     step       updates done before this one
@@ -73,14 +75,14 @@ class DataOrder:
 class Batches:
     """`parts(step)` yields this process's share of a step's batch, cut into `accumulate` parts.
 
-    cond         a description's `cond` section: labels are given to the network where `kind` is label, each
-                 replaced by `null_label` at the rate `drop`
-    flip         mirror half of the images
+    cond         a description's `cond` section: at the rate `drop` labels (kind label) are replaced by `null_label`,
+                 texts (kind text) by the empty one
+    flip         mirror half of the images; features hold the flips that they were made with
     rank, count  of the processes; batch_size is a multiple of count x accumulate
     """
 
-    def __init__(self, data: ImageData, codec: Codec, cond: Mapping, flip: bool, seed: int, batch_size: int,
-                 accumulate: int = 1, rank: int = 0, count: int = 1):
+    def __init__(self, data: ImageData | FeatureData, codec: Codec, cond: Mapping, flip: bool, seed: int,
+                 batch_size: int, accumulate: int = 1, rank: int = 0, count: int = 1):
         assert batch_size % (count * accumulate) == 0, (batch_size, count, accumulate)
         self.data, self.codec, self.cond, self.flip, self.seed = data, codec, cond, flip, seed
         self.batch_size, self.accumulate = batch_size, accumulate
@@ -94,47 +96,88 @@ class Batches:
             yield self._batch(positions, step)
 
     def _batch(self, positions: Tensor, step: int) -> Batch:
-        device = self.data.device
-        images, labels = self.data.batch(self.order(positions))  # b h w c
-        draws = Batch(images, None, positions, self.seed, step)
+        indices = self.order(positions)
+        held, labels = self.data.batch(indices)  # images b h w c, or moments b 2c h w
+        draws = Batch(held, None, positions, self.seed, step)
+        x_0 = (self._latents if isinstance(self.data, FeatureData) else self._encoded)(draws)
+        return Batch(x_0, self._cond(draws, indices, labels), positions, self.seed, step)
+
+    def _latents(self, draws: Batch) -> Tensor:
+        moments = draws.x_0
+        return self.codec.encode_moments(moments, self._encoding_noise(draws, moments.chunk(2, dim=1)[0].shape[1:]))
+
+    def _encoded(self, draws: Batch) -> Tensor:
+        images = draws.x_0
         if self.flip:
-            mirrored = (draws.uniform(Stream.TRAIN_FLIP) < 0.5).to(device, non_blocking=True)
-            images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
-        noise = None
-        if self.codec.takes_noise:
-            shape = self.codec.latent_shape(images.shape[1], images.shape[3])
-            keys = positions.to(device, non_blocking=True)
-            noise = normal(torch.full_like(keys, self.seed), keys, shape, Stream.ENCODE)
-        x_0 = self.codec.encode(images, noise)
-        cond = None
+            images = torch.where(self._chosen(draws, Stream.TRAIN_FLIP, 0.5, images), images.flip(2), images)
+        shape = self.codec.latent_shape(images.shape[1], images.shape[3])
+        return self.codec.encode(images, self._encoding_noise(draws, shape) if self.codec.takes_noise else None)
+
+    def _encoding_noise(self, draws: Batch, shape: Sequence[int]) -> Tensor:
+        keys = draws.positions.to(self.data.device, non_blocking=True)
+        return normal(torch.full_like(keys, self.seed), keys, tuple(shape), Stream.ENCODE)
+
+    def _cond(self, draws: Batch, indices: Tensor, labels: Tensor | None) -> dict[str, Tensor] | None:
+        if self.cond["kind"] == "none":
+            return None
         if self.cond["kind"] == "label":
-            y = labels
-            if self.cond["drop"] > 0:
-                dropped = (draws.uniform(Stream.TRAIN_DROP) < self.cond["drop"]).to(device, non_blocking=True)
-                y = y.masked_fill(dropped, self.cond["null_label"])
-            cond = {"y": y}
-        return Batch(x_0, cond, positions, self.seed, step)
+            name, value, null = "y", labels, self.cond["null_label"]
+        else:
+            name, null = "context", self.data.empty_context
+            value = self.data.contexts(indices, draws.uniform(Stream.TRAIN_CAPTION))
+        if self.cond["drop"] > 0:
+            value = torch.where(self._chosen(draws, Stream.TRAIN_DROP, self.cond["drop"], value), null, value)
+        return {name: value}
+
+    def _chosen(self, draws: Batch, stream: Stream, rate: float, value: Tensor) -> Tensor:
+        """True in a share `rate` of the rows, fit to choose among those of `value` (b, ...)."""
+        chosen = (draws.uniform(stream) < rate).to(self.data.device, non_blocking=True)
+        return chosen.view(-1, *[1] * (value.dim() - 1))
 
 
-def load_training_data(section: Mapping, description: Mapping, device: torch.device) -> ImageData:
+def load_training_data(section: Mapping, description: Mapping, device: torch.device) -> ImageData | FeatureData:
     """The data set of a config's `data` section, on the device where it fits.
 
-    description: of the network that will see it. Raises UserError where images or labels do not fit it.
+    description: of the network that will see it. Raises UserError where images, labels or texts do not fit it.
     """
     options = {name: value for name, value in section.items() if name != "flip"}
     image, cond = description["image"], description["cond"]
     if (options["image_size"], options["channels"]) != (image["size"], image["channels"]):
         raise UserError(f"data.image_size={options['image_size']}, data.channels={options['channels']}: this network "
                         f"is for images of {image['size']}x{image['size']}x{image['channels']}")
-    choose("cond.kind", cond["kind"], ("none", "label"))
-    data = load_data(**options)
+    choose("cond.kind", cond["kind"], ("none", "label", "text"))
+    refuse_other_kind(description)
+    data = load_data(**options).to(device)
+    if isinstance(data, FeatureData):
+        _check_features(data, section, description)
+    elif cond["kind"] == "text":
+        raise UserError(f"cond.kind='text': the data set {section['name']!r} gives no texts' embeddings; make features "
+                        "of it by prepare_data.py, and choose data.name=features")
     if cond["kind"] == "label":
-        if data.labels is None:
-            raise UserError(f"cond.kind='label': the data set {options['name']!r} has no labels; an image folder "
-                            "gets them by data.labels=folders")
-        highest = int(data.labels.max())
-        if highest >= cond["num_classes"]:
-            raise UserError(f"cond.num_classes={cond['num_classes']}: the data set has labels up to {highest}")
-        if cond["drop"] > 0 and cond["null_label"] < 0:
-            raise UserError(f"cond.drop={cond['drop']}: there is no cond.null_label to put in a label's place")
-    return data.to(device)
+        _check_labels(data, section, description)
+    return data
+
+
+def _check_features(data: FeatureData, section: Mapping, description: Mapping) -> None:
+    """See that the features are latents and texts of the network's size, and that images can be made of them again."""
+    backbone, codec, cond = (description[name] for name in ("backbone", "codec", "cond"))
+    if codec["name"] != "kl":
+        raise UserError(f"data.name={section['name']!r}: latents are decoded by codec.name='kl', not {codec['name']!r}")
+    channels, height, width = data.moments.shape[1] // 2, *data.moments.shape[2:]
+    channels = backbone.get("in_chans", backbone.get("in_channels", channels))
+    if "img_size" in backbone:  # other networks take any size
+        height = width = backbone["img_size"]
+    text = (backbone["num_clip_token"], backbone["clip_dim"]) if cond["kind"] == "text" else None
+    data.check((channels, height, width), text)
+
+
+def _check_labels(data: ImageData | FeatureData, section: Mapping, description: Mapping) -> None:
+    cond = description["cond"]
+    if data.labels is None:
+        raise UserError(f"cond.kind='label': the data set {section['name']!r} has no labels; an image folder gets them "
+                        "by data.labels=folders")
+    highest = int(data.labels.max())
+    if highest >= cond["num_classes"]:
+        raise UserError(f"cond.num_classes={cond['num_classes']}: the data set has labels up to {highest}")
+    if cond["drop"] > 0 and cond["null_label"] < 0:
+        raise UserError(f"cond.drop={cond['drop']}: there is no cond.null_label to put in a label's place")

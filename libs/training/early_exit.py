@@ -13,19 +13,69 @@ of its uncertainty head, and ms a mean of squares over an image:
 The paper and its released code differ in the sums and the weights; see `LayerwiseLoss`.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..errors import UserError, choose
+from ..random import Stream
 from .batches import Batch
 from .objective import training_times
 
 TARGETS = ("eps_error", "final_gap")
 U_REDUCTIONS = ("mean", "sum")
 UAL_NORMS = ("sum1", "none")
+
+
+class Lesson(NamedTuple):
+    """What the network is shown and what it should say of it: x_t, target (b, c, h, w), t (b,) on the host."""
+
+    x_t: Tensor
+    t: Tensor
+    cond: dict[str, Tensor] | None
+    target: Tensor
+
+
+def from_data(denoiser: Denoiser, batch: Batch) -> Lesson:
+    """The diffusion loss's: the data and their noise know the target, at all times."""
+    t, eps = training_times(denoiser, batch), batch.noise()
+    return Lesson(denoiser.diffuse(batch.x_0, eps, t), t, batch.cond, denoiser.target(batch.x_0, eps, t))
+
+
+@dataclass(frozen=True)
+class FromStart:
+    """The target is what the network said before this training, at the times at which it is asked when it samples.
+
+    For a student of few steps, which must go on saying what it has learnt from its teacher: data would teach it to be
+    a model of many steps again.
+
+    teacher   the network as it was
+    times     (n,) float64 on the host, drawn from uniformly; None is all times, as in `from_data`
+    scales    lowest and highest guidance scale of a network that takes it as an input, else None
+    """
+
+    teacher: Denoiser
+    times: Tensor | None = None
+    scales: tuple[float, float] | None = None
+
+    def __call__(self, denoiser: Denoiser, batch: Batch) -> Lesson:
+        if self.times is None:
+            t = training_times(denoiser, batch)
+        else:
+            t = self.times[torch.floor(batch.uniform() * len(self.times)).long()]
+        cond: dict[str, Any] | None = batch.cond
+        if self.scales is not None:
+            low, high = self.scales
+            w = low + (high - low) * batch.uniform(Stream.TRAIN_GUIDANCE)
+            cond = {**(cond or {}), "guidance": w.float().to(batch.x_0.device)}
+        x_t = denoiser.diffuse(batch.x_0, batch.noise(), t)
+        with torch.no_grad():
+            return Lesson(x_t, t, cond, self.teacher.output(x_t, t, cond))
 
 
 @dataclass(frozen=True)
@@ -43,8 +93,9 @@ class LayerwiseLoss:
     ual_per_sample       w_i is of each image; else of the mean over the rows of the batch that this process sees at
                          once [True]
     ual_last_layer       L_UAL counts the last layer too, whose error L_simple counts already [False]
-    ual_detach           no gradient of L_UAL goes through w_i. With it (False, both) the heads are also pushed to
-                         be less certain of layers that err
+    ual_detach           no gradient of L_UAL goes through w_i. Where it does (False, in both), the heads are also
+                         pushed to be less certain of layers that err
+    lesson               what is learnt: `from_data`, or a `FromStart`
     """
 
     lambda_u: float = 1.0
@@ -55,19 +106,19 @@ class LayerwiseLoss:
     ual_per_sample: bool = False
     ual_last_layer: bool = True
     ual_detach: bool = False
+    lesson: Callable[[Denoiser, Batch], Lesson] = from_data
 
     def __post_init__(self):
         choose("early_exit.target", self.target, TARGETS)
         choose("early_exit.u_reduction", self.u_reduction, U_REDUCTIONS)
         choose("early_exit.ual_norm", self.ual_norm, UAL_NORMS)
         for name in ("lambda_u", "beta_ual"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--config.early_exit.{name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--config.early_exit.{name}={getattr(self, name)} must be a number of at least 0")
 
     def __call__(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        t, eps = training_times(denoiser, batch), batch.noise()
-        target = denoiser.target(batch.x_0, eps, t)
-        out, certainty = denoiser.call(denoiser.diffuse(batch.x_0, eps, t), t, batch.cond, every_layer=True)
+        x_t, t, cond, target = self.lesson(denoiser, batch)
+        out, certainty = denoiser.call(x_t, t, cond, every_layer=True)
         return self.of_layers(out, certainty, target)
 
     def of_layers(self, out: Tensor, certainty: Tensor, target: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ RISING = ("precision", "recall", "class_accuracy")  # better when larger
 
 
 class Quality:
-    """Scores `train.eval_images` images, seeds 0, 1, ..., shared among the processes.
+    """Scores `train.eval_images` images, seeds 0, 1, ..., shared among the processes; a text model's are made from what
+    its chain is shown by the time of a measurement.
 
     Raises UserError at once for what is missing: a reference, Inception weights.
     """

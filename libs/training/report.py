@@ -39,7 +39,7 @@ class Report:
             self.board.add_scalar(name, value, step)
 
     def picture(self, step: int, chain: Chain, count: int) -> None:
-        """previews/{step}.png: images of the seeds 0 to count - 1, labels in turn."""
+        """previews/{step}.png: images of the seeds 0 to count - 1, labels in turn, or the chain's texts."""
         seeds = list(range(count))
         batches = chain.images(seeds, parse_labels(None, seeds, chain.num_classes))
         images = torch.cat([images.cpu() for _, images in batches])

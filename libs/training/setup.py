@@ -1,19 +1,33 @@
 """What a training needs before its first step; mistakes are told here, before anything heavy."""
 
+import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from absl import logging
 from ml_collections import ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
-from ..build import DTYPES, MODEL_SECTIONS, describe, load_model
+from ..build import (
+    DTYPES,
+    MODEL_SECTIONS,
+    adopt_sampler,
+    describe,
+    guidance_range,
+    load_model,
+    make_denoiser,
+    make_times,
+    prepare_backbone,
+)
 from ..checkpoint import build_backbone
+from ..defaults import base_config
 from ..errors import UserError, choose
 from ..factory import refuse_other_size
-from .early_exit import LayerwiseLoss
+from ..samplers import evaluation_times, make_sampler
+from ..schedule import Schedule
+from .early_exit import FromStart, LayerwiseLoss
 from .objective import Objective, diffusion_loss
 
 LAUNCHER_PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
@@ -71,16 +85,42 @@ def new_network(config: ConfigDict) -> tuple[nn.Module, dict[str, Any]]:
     return net, description
 
 
-def start_network(config: ConfigDict, start: str | None) -> tuple[nn.Module, dict[str, Any]]:
-    """(backbone, description): the weights that `start` names, or new ones."""
+def start_network(config: ConfigDict, start: str | None,
+                  overrides: Collection[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
+    """(backbone, description): the weights that `start` names, or new ones.
+
+    A student of few steps that goes on learning what it is stays one: its description keeps its sampler, which is
+    written into the config, but for `overrides`.
+    """
     net, description = load_model(config, start) if start else new_network(config)
-    description = {name: description[name] for name in (*MODEL_SECTIONS, "image")}
+    kept = (*MODEL_SECTIONS, "image")
+    if learns_from(config) == "start":
+        if not start:
+            raise UserError("--config.early_exit.learn_from=start: there is no --checkpoint from which to start")
+        kept += ("sampler", "distilled")
+    elif "early_exit" in config and "sampler" in description:
+        raise UserError(f"--config.early_exit.learn_from=data: the checkpoint is a student of "
+                        f"{description['sampler']['steps']} steps, which would become a model of many again; use start")
+    description = {name: description[name] for name in kept if name in description}
     if description["cond"]["kind"] == "none" and getattr(net, "num_classes", -1) > 0:
         raise UserError("cond.kind='none', but the network has classes (backbone.num_classes="
                         f"{net.num_classes}); choose label")
-    if "early_exit" in config:
-        _add_heads(config, net, description)
+    if "early_exit" not in config:
+        return without_heads(net, description)
+    _add_heads(config, net, description)
+    adopt_sampler(config, description, overrides)
     return net, description
+
+
+def without_heads(net: nn.Module, description: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model for a training that does not teach its uncertainty heads: they go, since they tell how certain the
+    weights are with which they were trained.
+    """
+    if getattr(net, "lte_classifer", None) is not None:
+        logging.info("the network's uncertainty heads are left out: this training would make them wrong")
+        net.lte_classifer = None
+        description = {**description, "backbone": {**description["backbone"], "uem": ""}}
+    return net, dict(description)
 
 
 def _add_heads(config: ConfigDict, net: nn.Module, description: dict[str, Any]) -> None:
@@ -94,15 +134,44 @@ def _add_heads(config: ConfigDict, net: nn.Module, description: dict[str, Any]) 
         net.add_uem_heads(form)
     description["backbone"] = {**description["backbone"], "uem": form}
     if config.early_exit.freeze_backbone:
+        if config.early_exit.lambda_u == 0:
+            raise UserError("--config.early_exit.lambda_u=0: with early_exit.freeze_backbone nothing is left to learn")
         net.requires_grad_(False)
         net.lte_classifer.requires_grad_(True)
 
 
-def make_objective(config: ConfigDict) -> Objective:
-    """What `train.py` minimizes: AdaDiff's loss under the method early_exit, else the diffusion loss."""
+def learns_from(config: ConfigDict) -> str:
+    """`early_exit.learn_from`; "" where early exit is not trained."""
+    if "early_exit" not in config:
+        return ""
+    return choose("early_exit.learn_from", config.early_exit.get("learn_from", "data"), ("data", "start"))
+
+
+def make_objective(config: ConfigDict, net: nn.Module | None = None, description: Mapping[str, Any] | None = None,
+                   precision: str = "fp32", device: torch.device | None = None) -> Objective:
+    """What `train.py` minimizes: AdaDiff's loss under the method early_exit, else the diffusion loss.
+
+    net, description: what `start_network` gave, still untrained, of which early exit may learn.
+    """
     if "early_exit" not in config:
         return diffusion_loss
-    return LayerwiseLoss(**{name: value for name, value in config.early_exit.items() if name != "freeze_backbone"})
+    options = {name: value for name, value in config.early_exit.items()
+               if name not in ("freeze_backbone", "learn_from")}
+    if learns_from(config) == "start":
+        frozen = copy.deepcopy(net).requires_grad_(False).eval()
+        teacher = make_denoiser(prepare_backbone(frozen, config.compute, device), description, precision, device)
+        options["lesson"] = FromStart(teacher, _sampled_times(description, teacher.schedule),
+                                      guidance_range(description["cond"]))
+    return LayerwiseLoss(**options)
+
+
+def _sampled_times(description: Mapping[str, Any], schedule: Schedule) -> Tensor | None:
+    """The only times (n,) at which a student of few steps is asked; None for a network that is no student."""
+    section = description.get("sampler")
+    if section is None:
+        return None
+    section = {**base_config().sampler, **section}
+    return evaluation_times(make_sampler(**section), make_times(section, schedule), schedule)
 
 
 def recompute_activations(net: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Prompts as they are named on a command line: a text, a file with one a line, or COCO's captions."""
+"""Prompts as they are named on a command line: a text, a file with one a line, COCO's captions, U-ViT's features."""
 
 import hashlib
 import json
@@ -6,9 +6,10 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UserError
-from ..files import reason
-from ..image_folder import read_chain
+from .data.feature_data import read_prompt_features
+from .errors import UserError
+from .files import reason
+from .image_folder import read_chain
 
 CAPTION_ORDER = 0  # seed of the order of COCO's images: part of the protocol, so it never changes
 
@@ -16,12 +17,15 @@ CAPTION_ORDER = 0  # seed of the order of COCO's images: part of the protocol, s
 def read_prompts(text: str, flag: str = "prompts") -> list[str]:
     """The prompts that `--prompts=text` names, at least one.
 
-    text: a prompt; a .txt file with one prompt a line (empty lines are left out); or a .json file of COCO's
-        captions. Of those every image gives one caption, that of the lowest id, and the images stand in an order
-        drawn with a fixed seed: the first 30,000 of val2014 are always the same random 30,000.
+    text: a prompt; a .txt file with one prompt a line (empty lines are left out); a folder of U-ViT's run_vis
+        features, whose prompts are taken; or a .json file of COCO's captions. Of those every image gives one caption,
+        that of the lowest id, and the images stand in an order drawn with a fixed seed: the first 30,000 of val2014
+        are always the same random 30,000.
     Raises UserError for a file that is missing or of another form, and for an empty prompt.
     """
-    path = Path(text).expanduser()
+    path, folder = Path(text).expanduser(), prompt_folder(text)
+    if folder is not None:
+        return [prompt for prompt, _ in read_prompt_features(folder, f"--{flag}")]
     if path.suffix not in (".txt", ".json"):
         if not text.strip():
             raise UserError(f"--{flag}={text!r} is empty; give a text, a .txt file with one prompt a line, or a .json "
@@ -38,6 +42,12 @@ def read_prompts(text: str, flag: str = "prompts") -> list[str]:
     if not prompts:
         raise UserError(f"--{flag}={text} holds no prompts")
     return prompts
+
+
+def prompt_folder(text: str) -> Path | None:
+    """The folder of run_vis features that `--prompts=text` names; None for texts and files."""
+    path = Path(text).expanduser()
+    return path if text.strip() and path.is_dir() else None
 
 
 def prompts_of(seeds: Sequence[int], prompts: Sequence[str]) -> list[str]:

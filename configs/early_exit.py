@@ -1,0 +1,57 @@
+"""The sweep of `python -m libs.compare --grid=configs/early_exit.py`: quality and cost of early exit on CIFAR-10.
+
+The released U-ViT before fine-tuning and the early-exit model after it, both at full depth; then the latter
+    per_sample  at several thresholds
+    schedule    a fixed depth a step, calibrated for several layer ratios
+    fixed       one exit layer for all steps
+    split       few layers in the first steps and all in the rest, as DuoDiff samples with two networks (2410.09633)
+each beside plain sampling with the steps that cost as much. Cheap cells come first. The early-exit models' cells are left
+out while their checkpoints are not there. A student samples in its own number of steps.
+"""
+
+LAYERS = 13  # of the U-ViT: depth + 1
+CONFIG = "configs/cifar10_uvit_tiny.py"
+MODEL = "cifar10_uvit_tiny_early_exit"
+STUDENT = "cifar10_uvit_student_8_early_exit"
+SAMPLERS = [("dpm_solver_pp", 8), ("dpm_solver_pp", 20), ("dpm_solver", 50)]
+THRESHOLDS = (0.8, 0.85, 0.9, 0.92, 0.95, 0.98)
+RATIOS = (0.4, 0.5, 0.6, 0.7, 0.8)
+FIXED = (5, 7, 9, 11)
+SPLIT_LAYERS, SPLIT_SHARES = 3, (0.3, 0.5, 0.7)  # DuoDiff's small network; its share of the steps
+
+
+def exits(label: str, family: str, **settings) -> dict:
+    return {"policy": "early_exit", "label": label, "family": family, "settings": settings, "cost_images": 32}
+
+
+def per_sample(threshold: float) -> dict:
+    return exits(f"threshold_{threshold}", "early exit, per sample", threshold=threshold)
+
+
+def schedule(ratio: float) -> dict:
+    return exits(f"schedule_{ratio}", "early exit, schedule", mode="schedule", target_layer_ratio=ratio)
+
+
+def depths(label: str, family: str, text: str) -> dict:
+    """`text` is a schedule, LAYERSxSTEPS of each part."""
+    return exits(label, family, mode="schedule", schedule=text)
+
+
+def methods(steps: int) -> list[dict]:
+    """All of the sweep at so many steps."""
+    table = [{"label": "full"}, *map(per_sample, THRESHOLDS), *map(schedule, RATIOS)]
+    table += [depths(f"layers_{layers}", "fixed exit layer", f"{layers}x{steps}") for layers in FIXED]
+    for share in SPLIT_SHARES:
+        first = round(share * steps)
+        text = f"{SPLIT_LAYERS}x{first},{LAYERS}x{steps - first}"
+        table.append(depths(f"split_{share}", "split, as DuoDiff", text))
+    return table
+
+
+def get_grid() -> list[dict]:
+    student = {"config": CONFIG, "checkpoint": STUDENT, "sampler": "ddim", "steps": 8, "fixed": True}
+    cells = [student | method for method in methods(8) if method["label"] in ("full", "threshold_0.92", "schedule_0.6")]
+    for sampler, steps in SAMPLERS:
+        at = {"config": CONFIG, "sampler": sampler, "steps": steps}
+        cells += [at, *(at | {"checkpoint": MODEL} | method for method in methods(steps))]
+    return cells

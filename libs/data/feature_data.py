@@ -1,0 +1,232 @@
+"""Latents and text features on disk, in U-ViT's layout, in place of the images and captions they were made from.
+
+    {i}.npy              an image's moments float32 (2c, h, w), mean then log variance; with a label: (moments, label)
+    train/, val/         MS-COCO's parts, with the moments {i}.npy, and {i}_{k}.npy, caption k of image i as the hidden
+                         states (tokens, width) of the text encoder
+    empty_context.npy    the hidden states of the empty text
+    run_vis/{j}.npy      (prompt, hidden states)
+
+There may be any number of files, and numbers i may be left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from absl import logging
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import reason
+from .feature_files import READERS, read_feature
+from .image_data import fits_on, host_rows
+from .packed_moments import packed_moments
+
+PARTS = {"train": "train", "test": "val"}  # data.split -> sub-folder
+EMPTY, PROMPTS = "empty_context.npy", "run_vis"
+LATENTS_RECORD, TEXTS_RECORD = ".latents.json", ".texts.json"  # what features were made from
+RECORDS = {LATENTS_RECORD: "latents", TEXTS_RECORD: "text"}  # -> the command that makes them
+FILE = re.compile(r"(0|[1-9]\d*)(?:_(0|[1-9]\d*))?\.npy")
+
+
+@dataclasses.dataclass
+class FeatureData:
+    """Moments of images' latents, with labels or captions.
+
+    path           as the user named it
+    moments        float32 (n, 2c, h, w), mean then log variance; on the compute device when they fit there
+    labels         int64 (n,), or None
+    empty_context  float32 (tokens, width), the empty text, or None where it is not there
+    captions       for each image the files of its captions' hidden states; None where there are no texts
+    device         where `batch` and `contexts` put their results; None stands for the device of `moments`
+    """
+
+    path: str
+    moments: Tensor
+    labels: Tensor | None = None
+    empty_context: Tensor | None = None
+    captions: list[list[str]] | None = None
+    device: torch.device | None = None
+
+    def __post_init__(self):
+        assert self.moments.dtype == torch.float32, self.moments.dtype
+        assert self.moments.ndim == 4, self.moments.shape
+        self.device = self.moments.device if self.device is None else torch.device(self.device)
+        self._pool = ThreadPoolExecutor(READERS)
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    @property
+    def has_text(self) -> bool:
+        return self.captions is not None
+
+    @cached_property
+    def context_shape(self) -> tuple[int, int]:
+        """(tokens, width) of a text."""
+        return tuple(read_context(Path(self.captions[0][0])).shape)
+
+    @property
+    def prompts(self) -> list[tuple[str, Tensor]]:
+        """The prompts with their hidden states (tokens, width) float32 on the device that run_vis/ holds."""
+        folder = Path(self.path).expanduser() / PROMPTS
+        found = read_prompt_features(folder) if folder.is_dir() else []
+        return [(prompt, context.to(self.device)) for prompt, context in found]
+
+    def to(self, device: torch.device | str) -> FeatureData:
+        """The same data with batches on `device`; the moments move there too when they fit."""
+        device = torch.device(device)
+        moments = self.moments
+        if fits_on(moments, device):
+            moments = moments.to(device)
+        else:
+            logging.info("%d latents (%.1f GB) stay in host memory: too many for %s", len(self), moments.nbytes / 1e9,
+                         device)
+        labels, empty = (None if each is None else each.to(device) for each in (self.labels, self.empty_context))
+        return FeatureData(self.path, moments, labels, empty, self.captions, device)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Moments float32 (b, 2c, h, w), log variance in [-30, 20], and labels int64 (b,) or None, on the device.
+
+        indices: int64 (b,), in host memory.
+        """
+        labels = None if self.labels is None else self.labels[indices.to(self.device, non_blocking=True)]
+        if self.moments.device == self.device:
+            return self.moments[indices.to(self.device, non_blocking=True)], labels
+        return host_rows(self.moments, indices, self.device).to(self.device, non_blocking=True), labels
+
+    def contexts(self, indices: Tensor, draws: Tensor) -> Tensor:
+        """Hidden states of one caption an image: float32 (b, tokens, width) on the device, read when asked for.
+
+        indices: int64 (b,) and draws: float64 (b,) in (0, 1), in host memory; of an image's n captions number
+            floor(draw * n) is taken.
+        Raises UserError for a file that is damaged or of another shape than the first one.
+        """
+        chosen = [self.captions[i] for i in indices.tolist()]
+        paths = [files[int(draw * len(files))] for files, draw in zip(chosen, draws.tolist(), strict=True)]
+        rows = torch.empty(len(paths), *self.context_shape, pin_memory=self.device.type == "cuda")
+        list(self._pool.map(_read_context_into, paths, rows.unbind()))  # list: so that errors come here
+        return rows.to(self.device, non_blocking=True)
+
+    def check(self, latent_shape: tuple[int, int, int], context_shape: tuple[int, int] | None = None) -> None:
+        """Raise UserError where the features are not for a network of these shapes.
+
+        latent_shape: (c, h, w) of what the network denoises. context_shape: (tokens, width) of the text it sees, None
+            where it sees none.
+        """
+        moments, where = self.moments.shape, f"data.path={self.path!r}"
+        held = moments[1] // 2, *moments[2:]
+        if held != latent_shape:
+            raise UserError(f"{where} holds latents of {_by(held)} (channels, height, width); this network takes "
+                            f"{_by(latent_shape)}")
+        if context_shape is None:
+            return
+        if not self.has_text:
+            raise UserError(f"{where} has no captions ({{i}}_{{k}}.npy), which cond.kind='text' needs; python "
+                            "prepare_data.py text writes them")
+        if self.empty_context is None:
+            raise UserError(f"{where}: {EMPTY}, the empty text, is missing; python prepare_data.py text writes it")
+        for shape in (self.context_shape, tuple(self.empty_context.shape)):
+            if shape != context_shape:
+                raise UserError(f"{where} holds texts of {_by(shape)} (tokens, width); this network takes "
+                                f"{_by(context_shape)}")
+
+
+def read_features(root: Path, split: str = "train", cache: bool = True) -> FeatureData:
+    """The features in the folder `root`, or in `root/train` or `root/val` by the split.
+
+    cache: pack the moments, once, into one hidden file beside theirs, of which later reads map the pages they need;
+        it is valid as long as the files are the same. Without room for it they go into memory. Texts are read file by
+        file when they are asked for.
+    Raises UserError where there are none, or they do not fit together.
+    """
+    folder = root / PARTS[split] if (root / PARTS[split]).is_dir() else root
+    where = f"data.path={str(root)!r}"
+    if folder == root and split != "train":
+        raise UserError(f"data.split={split!r}: {root} has no folder {PARTS[split]}")
+    numbers, captions = _list(folder)
+    if not numbers:
+        raise UserError(f"{where}: there are no features (0.npy, 1.npy, ...) in {folder}; python prepare_data.py "
+                        "latents writes them")
+    for record in RECORDS:
+        _refuse_half_made(folder / record, where)
+    bare = [number for number in numbers if number not in captions] if captions else []
+    if bare:
+        raise UserError(f"{where}: {len(bare)} of {len(numbers)} images have no captions; the first: {bare[0]}_0.npy "
+                        f"is not in {folder}")
+    moments, labels = packed_moments(folder, numbers, cache)
+    if not captions:
+        return FeatureData(str(root), moments, labels)
+    files = [[f"{folder}/{number}_{k}.npy" for k in captions[number]] for number in numbers]
+    empty = read_context(root / EMPTY) if (root / EMPTY).is_file() else None
+    return FeatureData(str(root), moments, labels, empty, files)
+
+
+def read_context(path: Path, field: str = "data.path") -> Tensor:
+    """A text's hidden states: float32 (tokens, width). Raises UserError, naming `field`, for another file."""
+    context = read_feature(path, field)
+    if not isinstance(context, np.ndarray) or context.ndim != 2 or context.dtype.kind != "f":
+        raise UserError(f"{field}: {path} holds no hidden states (tokens, width) of a text")
+    return torch.from_numpy(context.astype(np.float32))
+
+
+def read_prompt_features(folder: Path, field: str = "data.path") -> list[tuple[str, Tensor]]:
+    """(prompt, float32 (tokens, width)) of the files 0.npy, 1.npy, ... in a folder such as run_vis, by number.
+
+    Raises UserError, naming `field`, where there are none, or a file holds something else.
+    """
+    numbers, _ = _list(folder)
+    if not numbers:
+        raise UserError(f"{field}: there are no prompts (0.npy, 1.npy, ...) in {folder}")
+    found = []
+    for path in (folder / f"{number}.npy" for number in numbers):
+        pair = read_feature(path, field)
+        context = np.asarray(pair[1]) if isinstance(pair, tuple) else None
+        if context is None or context.ndim != 2 or context.dtype.kind != "f":
+            raise UserError(f"{field}: {path} holds no prompt with its hidden states (tokens, width)")
+        found.append((str(pair[0]), torch.from_numpy(context.astype(np.float32))))
+    return found
+
+
+def _list(folder: Path) -> tuple[list[int], dict[int, list[int]]]:
+    """(numbers i of the files {i}.npy, the numbers k of the files {i}_{k}.npy of each i), sorted."""
+    numbers, captions = [], {}
+    for found in filter(None, map(FILE.fullmatch, os.listdir(folder))):
+        number = int(found[1])
+        if found[2] is None:
+            numbers.append(number)
+        else:
+            captions.setdefault(number, []).append(int(found[2]))
+    return sorted(numbers), {number: sorted(of) for number, of in captions.items()}
+
+
+def _refuse_half_made(record: Path, where: str) -> None:
+    try:
+        finished = json.loads(record.read_text())["finished"]
+    except FileNotFoundError:  # other tools write none
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: {record} cannot be read ({reason(error)})") from error
+    if not finished:
+        raise UserError(f"{where}: the features in {record.parent} are half made; the same prepare_data.py "
+                        f"{RECORDS[record.name]} command goes on with them")
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _read_context_into(path: str, row: Tensor) -> None:
+    context = read_context(Path(path))
+    if context.shape != row.shape:
+        raise UserError(f"data.path: {path} holds a text of {_by(context.shape)} (tokens, width), others have "
+                        f"{_by(row.shape)}")
+    row.copy_(context)

@@ -1,0 +1,98 @@
+"""Whether early exit's certainties are true: on images of a data set, noised to all times.
+
+Of every layer i and image, the mean certainty that its head predicts stands beside two true ones,
+
+    eps_error   1 - tanh|g_i - eps|, how near the layer's prediction is to the network's target
+    final_gap   1 - tanh|g_i - g_N|, how near it is to what the last layer N predicts,
+
+means over the image too. A head learns one of them (`early_exit.target`).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser
+from .training.batches import Batch
+
+TRUTHS = ("eps_error", "final_gap")
+
+
+class Certainties(NamedTuple):
+    """Means over each of n images: predicted and true certainties (layers, n), and in which bin of t they were (n,)."""
+
+    predicted: Tensor
+    eps_error: Tensor
+    final_gap: Tensor
+    bin: Tensor
+
+    def of(self, images: Tensor) -> "Certainties":
+        return Certainties(*(each[..., images] for each in self))
+
+
+def join(parts: Iterable[Certainties]) -> Certainties:
+    return Certainties(*(torch.cat(each, dim=-1) for each in zip(*parts, strict=True)))
+
+
+@torch.inference_mode()
+def certainties(denoiser: Denoiser, batch: Batch, bins: int) -> Certainties:
+    """Those of a batch, on the host, by a denoiser around a network with uncertainty heads.
+
+    Images fall to the `bins` equal parts of (0, 1] in turn, by their positions, and t is uniform within, on the steps
+    of a discrete schedule.
+    """
+    place, steps = batch.positions % bins, denoiser.schedule.steps
+    t, eps = (place + batch.uniform()) / bins, batch.noise()
+    if steps is not None:
+        t = (torch.floor(t * steps) + 1) / steps
+    target = denoiser.target(batch.x_0, eps, t)
+    out, certainty = denoiser.call(denoiser.diffuse(batch.x_0, eps, t), t, batch.cond, every_layer=True)
+    out = out.float()
+    means = (_mean_per_image(each) for each in (certainty, *((1 - (out - truth).abs().tanh())
+                                                             for truth in (target, out[-1]))))
+    return Certainties(*means, place)
+
+
+def _mean_per_image(maps: Tensor) -> Tensor:
+    """(layers, b, c, h, w) -> (layers, b)."""
+    return maps.flatten(2).mean(dim=2).cpu()
+
+
+def calibration(held: Certainties, bins: int) -> dict[str, Any]:
+    """The numbers of a report, over all images and in lists layers x bins.
+
+    certainty    mean of the predicted ones, and of each truth
+    error        mean absolute difference of predicted and true, over images
+    correlation  of the two over images (Pearson); None where one of them does not vary
+    """
+    layers = range(len(held.predicted))
+    parts = [held.of(held.bin == bin) for bin in range(bins)]
+    found = {"images": len(held.bin), "bins": [[bin / bins, (bin + 1) / bins] for bin in range(bins)],
+             "predicted": [[_mean(part.predicted[i]) for part in parts] for i in layers]}
+    for name in TRUTHS:
+        pairs = [[(part.predicted[i], getattr(part, name)[i]) for part in parts] for i in layers]
+        found[name] = {
+            "error": float((held.predicted - getattr(held, name)).abs().mean()),
+            "correlation": _correlation(held.predicted.flatten(), getattr(held, name).flatten()),
+            "true": [[_mean(true) for _, true in row] for row in pairs],
+            "error_of": [[_mean((own - true).abs()) for own, true in row] for row in pairs],
+            "correlation_of": [[_correlation(own, true) for own, true in row] for row in pairs],
+        }
+    return found
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _correlation(a: Tensor, b: Tensor) -> float | None:
+    a, b = (each.double() - each.double().mean() for each in (a, b))
+    scale = a.norm() * b.norm()
+    return float(a @ b / scale) if scale > 1e-9 * max(1, len(a)) else None
+
+
+def as_array(table: Sequence[Sequence[float | None]]) -> Tensor:
+    """A list layers x bins as a tensor, nan for None."""
+    return torch.tensor([[float("nan") if value is None else value for value in row] for row in table])

@@ -1,0 +1,119 @@
+"""A fixed depth for every call of a denoising loop: as text, as a file, and calibrated.
+
+    7              7 layers at every step
+    3x30,13x20     30 calls of 3 layers, then 20 of 13
+    FILE           what `python -m libs.exit_schedule` writes: JSON with `depths`, one a call, and what they are for
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import atomic_path, reason
+
+FORMAT = "early-exit-schedule-1"
+TEXT = re.compile(r"[0-9x,\s-]*")
+PART = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
+
+
+def schedule_file(text: str) -> Path | None:
+    """The file that a `policy.schedule` names; None for one that is spelled out, and for ""."""
+    return None if TEXT.fullmatch(text) else Path(text)
+
+
+def depths_of(text: str, layers: int, times: Tensor | None = None) -> tuple[int, ...]:
+    """Layers to run in each call of a loop.
+
+    layers: of the network. times: (calls,) in the network's own unit; None checks `text` alone, since what a loop is
+    made of is not known yet. Raises UserError for text that is no schedule, a file that cannot be read, and one made
+    for another depth, number of calls or times.
+
+    >>> depths_of("3x2,5x1", 5, torch.tensor([900.0, 500.0, 100.0]))
+    (3, 3, 5)
+    >>> depths_of("3x2,5x1", 5, torch.tensor([900.0, 500.0]))
+    Traceback (most recent call last):
+    ...
+    libs.errors.UserError: policy.schedule='3x2,5x1' is for 3 calls of the network, this sampler makes 2
+    """
+    path = schedule_file(text)
+    if path is not None:
+        return _from_file(path, layers, times)
+    if text.strip().isdecimal():
+        depths = (int(text),) * (1 if times is None else len(times))
+    else:
+        parts = [PART.fullmatch(part.strip()) for part in text.split(",")]
+        if None in parts:
+            raise UserError(f"policy.schedule={text!r} is no schedule; write a number of layers such as 7, layers x "
+                            "calls such as 3x30,13x20, or a file of python -m libs.exit_schedule")
+        depths = tuple(int(part[1]) for part in parts for _ in range(int(part[2])))
+        if times is not None and len(depths) != len(times):
+            raise UserError(f"policy.schedule={text!r} is for {len(depths)} calls of the network, this sampler makes "
+                            f"{len(times)}")
+    wrong = [depth for depth in depths if not 1 <= depth <= layers]
+    if wrong:
+        raise UserError(f"policy.schedule={text!r}: {wrong[0]} layers; this network has 1 to {layers}")
+    return depths
+
+
+def read_schedule(path: str | Path) -> dict[str, Any]:
+    """The content of a schedule's file. Raises UserError for one that is missing or something else."""
+    try:
+        held = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"policy.schedule={str(path)!r}: no such file; write a number of layers such as 7, layers x "
+                        "calls such as 3x30,13x20, or a file of python -m libs.exit_schedule") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"policy.schedule={str(path)!r} cannot be read ({reason(error)})") from error
+    if not isinstance(held, dict) or held.get("format") != FORMAT:
+        raise UserError(f"policy.schedule={str(path)!r} is no schedule; python -m libs.exit_schedule writes one")
+    depths, times, layers = held.get("depths"), held.get("times"), held.get("layers")
+    whole = (isinstance(layers, int) and _all_numbers(depths, int) and _all_numbers(times, int | float)
+             and len(depths) == len(times) and all(1 <= depth <= layers for depth in depths))
+    if not whole:
+        raise UserError(f"policy.schedule={str(path)!r} is damaged: its layers, depths and times do not fit together")
+    return held
+
+
+def write_schedule(path: str | Path, depths: Sequence[int], layers: int, times: Tensor, about: Mapping) -> None:
+    """A file of `depths`, one for each of `times` in the network's own unit, with whatever `about` tells of it."""
+    ratio = sum(depths) / (len(depths) * layers)
+    content = {"format": FORMAT, "layers": layers, "depths": list(depths), "times": times.tolist(),
+               "layer_ratio": ratio, **about}
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def nearest_depths(depths: Sequence[int], made_for: Tensor, times: Tensor) -> tuple[int, ...]:
+    """Depths for other `times` than they were `made_for`: of the nearest one each."""
+    if torch.equal(made_for, times):
+        return tuple(depths)
+    nearest = (times[:, None] - made_for[None]).abs().argmin(dim=1)
+    return tuple(depths[i] for i in nearest.tolist())
+
+
+def _from_file(path: Path, layers: int, times: Tensor | None) -> tuple[int, ...]:
+    held = read_schedule(path)
+    if held["layers"] != layers:
+        raise UserError(f"policy.schedule={str(path)!r} is for a network of {held['layers']} layers, this one has "
+                        f"{layers}")
+    if times is not None and len(held["depths"]) != len(times):
+        raise UserError(f"policy.schedule={str(path)!r} is for {len(held['depths'])} calls of the network, this "
+                        f"sampler makes {len(times)}")
+    if times is not None:
+        made_for = torch.tensor(held["times"], dtype=torch.float64)
+        for call, (there, here) in enumerate(zip(made_for.tolist(), times.tolist(), strict=True)):
+            if abs(there - here) > 1e-6 * max(1.0, abs(there)):
+                raise UserError(f"policy.schedule={str(path)!r} is for other times: call {call} is at {there:.6g} "
+                                f"there and at {here:.6g} here, in the network's unit")
+    return tuple(held["depths"])
+
+
+def _all_numbers(values: Any, kind: Any) -> bool:
+    return isinstance(values, list) and len(values) > 0 and all(
+        isinstance(value, kind) and not isinstance(value, bool) for value in values)
