@@ -3,8 +3,9 @@
     python eval.py --config=configs/cifar10_uvit_tiny.py --seeds=0-499 --out=outputs/eval/uvit_tiny.json
     python eval.py --config=configs/cifar10_unet.py --config.eval.metrics=frechet_cifar10,class_accuracy \\
         --seeds=0-499 --keep_images=outputs/unet --benchmark --out=outputs/eval/unet.json
-    python eval.py --config=configs/mscoco_uvit_small.py --checkpoint=mscoco_uvit_small.pth --seeds=0-29999 \\
-        --prompts=captions_val2014.json --config.eval.reference=fid_stats_mscoco256_val.npz --out=outputs/eval/coco.json
+    python eval.py --config=configs/mscoco_uvit_small.py --checkpoint=data/pretrained/mscoco_uvit_small.pth \\
+        --prompts=captions_val2014.json --config.eval.reference=data/fid_stats/fid_stats_mscoco256_val.npz \\
+        --seeds=0-29999 --out=outputs/eval/coco.json
     python eval.py --images=outputs/unet --out=outputs/eval/unet_again.json
     python eval.py --config=configs/sd15.py --images=outputs/sd15 --prompts=captions.txt \\
         --config.eval.metrics=clip_score --out=outputs/eval/sd15.json
@@ -105,7 +106,7 @@ def evaluate_seeds(config, flags) -> dict | None:
     own = processes.share(seeds, chain.rows)
     sampled, seconds = score_seeds(metrics, chain, own, label_of, folder, processes.is_main)
     measured = metrics.compute(processes)
-    sampled, told = sum(processes.gather(sampled)), chain.policy.report()
+    sampled, told = sum(processes.gather(sampled)), chain.policy.report(processes)
     processes.close()
     if not processes.is_main:
         return None
@@ -120,6 +121,8 @@ def evaluate_seeds(config, flags) -> dict | None:
         "sampling": {"images": sampled, "seconds": seconds, "processes": processes.count},
         "machine": machine(chain.device),
     }
+    if told and not sampled:  # all images were there: of those whose cost was counted
+        told = chain.policy.report()
     if told:
         result["policy"] = told
     if flags.benchmark:

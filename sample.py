@@ -3,8 +3,8 @@
     python sample.py --config=configs/cifar10_uvit_tiny.py --seeds=0-63 --out=outputs/uvit_tiny
     python sample.py --config=configs/cifar10_unet.py --seeds=0-9 --labels=3 --config.sampler.steps=20 \\
         --config.sampler.name=dpm_solver_pp --out=outputs/cats
-    python sample.py --config=configs/mscoco_uvit_small.py --checkpoint=mscoco_uvit_small.pth --prompts=prompts.txt \\
-        --out=outputs/mscoco
+    python sample.py --config=configs/mscoco_uvit_small.py --checkpoint=data/pretrained/mscoco_uvit_small.pth \\
+        --prompts=prompts.txt --out=outputs/mscoco
     python sample.py --config=configs/sd15.py:encoder_propagation --prompts="a photo of an astronaut" --seeds=0-3 \\
         --out=outputs/sd15 --compare
 

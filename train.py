@@ -54,8 +54,9 @@ def train(config, flags) -> int:
         net, description = start_autoencoder(config, flags.checkpoint)
         trainer = AutoencoderTrainer(config, run, net, description, precision)
     else:
-        net, description = start_network(config, flags.checkpoint)
-        trainer = Trainer(config, run, net, description, make_objective(config), precision)
+        net, description = start_network(config, flags.checkpoint, flags.overrides)
+        objective = make_objective(config, net, description, precision, processes.device)
+        trainer = Trainer(config, run, net, description, objective, precision)
     trainer.restore(saved)
     status = trainer.train(load_training_data(config.data, description, processes.device), began)
     processes.close()

@@ -22,6 +22,7 @@ from .samplers import grid_orders, make_sampler
 from .schedule import Schedule, make_schedule, time_grid
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+OF_TEXTS = ("text_encoder", "tokens")  # fields of the cond section that only a model of texts has
 MODEL_SECTIONS = ("backbone", "schedule", "denoiser", "cond", "codec")  # what a checkpoint says of itself
 
 
@@ -29,6 +30,9 @@ def describe(config: Mapping) -> dict[str, Any]:
     """The sections that a checkpoint keeps in its metadata, as plain JSON-able dicts."""
     plain = {name: config[name].to_dict() if hasattr(config[name], "to_dict") else dict(config[name])
              for name in MODEL_SECTIONS}
+    if plain["cond"]["kind"] != "text":
+        for name in OF_TEXTS:
+            plain["cond"].pop(name, None)
     plain["image"] = {"size": config["data"]["image_size"], "channels": config["data"]["channels"]}
     return plain
 

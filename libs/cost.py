@@ -88,10 +88,12 @@ def countable(net: nn.Module) -> Iterator[None]:
 def gmacs_per_image(chain: Chain, seeds: list[int], labels: list[int] | None = None) -> dict[str, float]:
     """Giga multiply-adds of all network calls for one image, the mean over `seeds` (an untimed pass of its own).
 
-    Both rows of a guided pair count. The codec's decoder does not. `counted_images` says how many seeds that
-    is: one is enough for a policy that does the same for every image.
+    Both rows of a guided pair count. The codec's decoder and the text encoder do not. `counted_images` says how many
+    seeds that is: one is enough for a policy that does the same for every image.
     """
     chain.policy.start(chain.denoiser.time_input(chain.times))  # what a policy does once is no cost of an image
+    if chain.contexts is not None:
+        chain.contexts(seeds)  # embeds the texts, which is no call of the network
     counted = replace(chain, rows=len(seeds))
     if type(chain.policy) is Full:  # all its calls are the same, so one step stands for all
         counted = replace(counted, ts=chain.ts[[0, -1]])

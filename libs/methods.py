@@ -166,6 +166,7 @@ def early_exit(config: ConfigDict, threshold: float = 0.92, **train) -> None:
         "ual_last_layer": True,  # the layer-wise loss counts the last layer too
         "ual_detach": False,  # no gradient through those weights
         "freeze_backbone": False,  # train the heads alone
+        "learn_from": "data",  # start: the target is what the network said before; for students of few steps
     })
     config.train.update(train)
 

@@ -32,6 +32,8 @@ def points(results: Iterable[Mapping[str, Any]], metric: str = "frechet_cifar10"
             "gmacs": gmacs(result), "seconds": result.get("timing", {}).get("seconds_per_image"),
             "value": value["value"], "samples": value["samples"], "metric": metric,
         })
+        if "family" in cell:  # a line at each number of steps
+            found[-1] |= {"method": cell["family"], "line": result["sampler"]["steps"]}
     return sorted(found, key=lambda point: (point["curve"], point["gmacs"], point["method"]))
 
 
@@ -47,7 +49,7 @@ def drawn_digest(path: str | Path) -> str | None:
 
 def draw(drawn: list[dict[str, Any]], path: str | Path) -> None:
     """Write the picture of `points`: against multiply-adds and, where some cells were timed, against time. A marker
-    a sampler, a colour a method, plain sampling joined by a line.
+    a sampler, a colour a method or family of cells, plain sampling and families joined by lines.
     """
     from matplotlib.figure import Figure
 
@@ -77,6 +79,13 @@ def _panel(axes, drawn: list[dict], axis: str, markers: Mapping[str, str], colou
         plain = sorted((point[axis], point["value"]) for point in drawn if point["plain"] and point["curve"] == curve)
         if plain:
             axes.plot(*zip(*plain, strict=True), color="0.3", marker=marker, linewidth=1)
+    lines: dict[tuple, list[tuple[float, float]]] = {}
+    for point in drawn:
+        if "line" in point:
+            key = point["method"], point["curve"], point["line"]
+            lines.setdefault(key, []).append((point[axis], point["value"]))
+    for (method, *_), places in lines.items():
+        axes.plot(*zip(*sorted(places), strict=True), color=colours[method], linewidth=0.8)
     for point in drawn:
         if not point["plain"]:
             axes.plot(point[axis], point["value"], color=colours[point["method"]], marker=markers[point["curve"]],

@@ -28,7 +28,7 @@ def result_row(result: Mapping[str, Any]) -> dict[str, str]:
         row |= {"method": result["method"]["name"], "sampler": sampler["name"], "NFE": str(result["nfe"])}
         row |= {"cfg_scale": f"{sampler['cfg_scale']:g}"} if sampler["cfg_scale"] != 1 else {}
         row |= {"GMACs": f"{whole:.4g}", "attention": f"{1 - rest / whole:.1%}"}
-    if "layer_ratio" in result.get("policy", {}):  # early exit
+    if result.get("policy", {}).get("layer_ratio") is not None:  # early exit
         row |= {"method": f"{row['method']}, {result['method']['mode']}",
                 "layers": f"{result['policy']['layer_ratio']:.3f}"}
     row |= metric_columns(result)
@@ -154,7 +154,15 @@ def comparison_row(row: Comparison) -> dict[str, str]:
         "precision": row.result["compute"]["precision"],
         "sampler": sampler["name"], "NFE": str(row.result["nfe"]), "GMACs": f"{gmacs(row.result):.4g}",
         "MACs": f"{row.macs_ratio:.3f}", "time": EMPTY if row.time_ratio is None else f"{row.time_ratio:.3f}",
-    } | metric_columns(row.result)
+    } | depth_columns(row.result) | metric_columns(row.result)
+
+
+def depth_columns(result: Mapping[str, Any]) -> dict[str, str]:
+    """Of a policy that leaves the network early: the mean exit layer over all layers, and the share of the layers that
+    was computed.
+    """
+    told = result.get("policy", {})
+    return {name: f"{told[name]:.3f}" for name in ("layer_ratio", "executed_ratio") if told.get(name) is not None}
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_exits
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 from libs import compare
@@ -263,6 +264,24 @@ def test_picture_holds_the_digest_of_what_it_shows(tmp_path):
         assert image.width > image.height  # two panels, since some cells have a time
     with pytest.raises(ValueError, match="no cell has the metric"):
         draw(points(results, "fid"), tmp_path / "b.png")
+
+
+def test_cells_of_a_family_are_joined_in_the_picture(tmp_path, monkeypatch):
+    """At each number of steps; the cells of no family are drawn as before."""
+    cells = [Cell("a.py", "ddim", steps, f"exit{threshold}", "early_exit", {"threshold": threshold})
+             for steps in (5, 10) for threshold in (0.8, 0.9)]
+    results = [result_of(cell, cell.steps * cell.settings["threshold"]) for cell in cells]
+    alone = points(results)
+    assert all("line" not in point for point in alone)
+    for result in results[:3]:
+        result["cell"]["family"] = "per sample"
+    drawn = points(results)
+    assert [(point["method"], point.get("line")) for point in drawn] == [
+        ("per sample", 5), ("per sample", 5), ("per sample", 10), ("early_exit threshold=0.9", None)]
+    lines, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **style: lines.append(x) or plot(axes, x, y, **style))
+    draw(drawn, tmp_path / "a.png")
+    assert [tuple(x) for x in lines if isinstance(x, tuple)] == [(4.0, 4.5), (8.0,)]
 
 
 def test_the_released_picture_is_that_of_the_result_files():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import distillate
 import train
 from libs import config as config_files
 from libs.backbones.uvit import UViT
@@ -314,3 +315,11 @@ def test_speed_reports_both_ratios(run_main, tmp_path):
     assert result["memory_ratio"] > 1
     assert result["peak_memory_mib"].keys() == result["seconds"].keys() == {"plain", "early_exit"}
     assert "must end in .json" in error_of(run_main(early_exit_speed.main, DIGITS, "--out=x.txt"))
+
+
+def test_distillation_leaves_the_heads_out(tmp_path, trained):
+    argv = [f"{DIGITS}:progressive", *FLAGS, "--config.sampler.steps=8", "--config.distill.pair_images=0",
+            f"--checkpoint={trained}", f"--workdir={tmp_path}"]
+    assert distillate.main(argv) == 0
+    net, description = load_described(Checkpoints(tmp_path / "steps_0004/ckpts").path(5) / "backbone_ema.safetensors")
+    assert (net.lte_classifer, description["backbone"]["uem"]) == (None, "")

@@ -32,6 +32,17 @@ def test_cost_cells():
     assert (row["cfg_scale"], row["latency"], row["images/s"]) == ("1.5", "2,012 ms", "0.751 (16 rows)")
 
 
+def test_a_policy_that_leaves_early_shows_how_deep_it_went(tmp_path):
+    write_cell(tmp_path, "full_10", "full", 10, 35.3, frechet_cifar10=2)
+    write_cell(tmp_path, "exit", "early_exit", 10, 21.0, {"threshold": 0.9}, frechet_cifar10=3)
+    held = json.loads((tmp_path / "exit.json").read_text())
+    (tmp_path / "exit.json").write_text(json.dumps(held | {"policy": {"layer_ratio": 0.6, "executed_ratio": 0.61}}))
+    head, _, *rows = compare_table(sorted(tmp_path.glob("*.json"))).splitlines()
+    assert head.endswith("| layer_ratio | executed_ratio |")
+    assert [row[-17:] for row in rows] == ["images) | - | - |", "| 0.600 | 0.610 |"]
+    assert "layers" not in result_row(RESULT | {"policy": {"layer_ratio": None}})  # no image was sampled
+
+
 def test_table_of_files(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(RESULT))
     folder = {"model": "outputs/x", "metrics": {"fid": {"value": 9.0, "samples": 3}}}

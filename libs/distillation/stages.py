@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..files import atomic_path
 from ..processes import Processes
 from ..training import Run, Trainer, choose_precision, diffusion_loss, load_training_data, validate
+from ..training.setup import without_heads
 from ..training.state import Checkpoints
 from .stage_report import StageReport
 from .student import make_guidance, prepare_halving, refuse_other_schedule, student_prediction
@@ -134,7 +135,7 @@ class Stages:
     def __init__(self, config: ConfigDict, workdir: Path, start: str, processes: Processes):
         self.config, self.workdir, self.start, self.processes = config, workdir, start, processes
         self.precision = choose_precision(config)
-        self.base: Model = load_model(config, start)
+        self.base: Model = without_heads(*load_model(config, start))
         refuse_other_schedule(config, self.base[1])
         make_guidance(config, self.base[1])
         self.stages = plan(config, self.base[1])

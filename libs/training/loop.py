@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..build import make_chain, make_denoiser, prepare_backbone
 from ..checkpoint import load_weights
+from ..contexts import DataContexts
 from ..data import ImageData
 from ..errors import UserError
 from .batches import Batches
@@ -92,6 +93,8 @@ class Trainer:
         Raises UserError, naming the step, when a loss is not finite; nothing is saved after that step.
         """
         self._same_data(data)
+        if self.description["cond"]["kind"] == "text":
+            self.chain.show(DataContexts(data))
         self.run.claim()
         section, processes = self.section, self.processes
         self.batches = Batches(data, self.chain.codec, self.description["cond"], self.config.data.flip,

@@ -20,7 +20,7 @@ NEVER = 2**62  # the step of a failure that has not happened
 FREE_SECTIONS = ("checkpoint", "compute", "policy", "sampler", "eval")
 FREE_FIELDS = tuple(f"train.{name}" for name in (
     "steps", "accumulate", "grad_checkpoint", "log_every", "save_every", "keep", "preview_every", "preview_images",
-    "eval_every", "eval_images", "max_minutes")) + ("data.download",)
+    "eval_every", "eval_images", "max_minutes")) + ("data.download", "cond.text_encoder", "cond.tokens")
 
 
 class Run:
