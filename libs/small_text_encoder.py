@@ -2,7 +2,8 @@
 
     python -m libs.small_text_encoder --captions=data/emoji64/captions.json --out=runs/emoji32/text_encoder
 
-It is untrained: a caption's hidden states only tell its words and their order, which the diffusion learns to read.
+It is untrained: a caption's hidden states only tell its words and their order, and what they mean is left to the
+diffusion to learn.
 The folder holds a transformers `CLIPTextModel` with its `CLIPTokenizer`, as CLIP's own does: it is cond.text_encoder.
 """
 

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Latent U-ViTs from nothing to pictures, on a CPU: an autoencoder of a folder of captioned pictures, a text encoder of
-# the captions' words, then U-ViTs in its latents: in continuous time, in discrete time, and from text. About an hour
-# and a half of one core. Run it again and it goes on.
+# The whole chain of latent U-ViTs on a folder of captioned pictures: an autoencoder, a text encoder of the captions'
+# words, then U-ViTs in the latents: in continuous time, in discrete time, and from text. Run it again and it goes on.
 #
 #   bash scripts/emoji32_uvit.sh PICTURES [OUT]     runs/emoji32 unless given
 #

@@ -5,4 +5,5 @@ cd "$(dirname "$0")/.."
 source scripts/env.sh requirements-dev.txt
 
 ruff check .
-python -m pytest -q "$@"
+# Files of tests side by side; a worker takes about 2 GB.
+python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile "$@"

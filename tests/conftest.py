@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -11,22 +12,15 @@ from torch import nn
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(2)  # the number of threads decides the last bits of a sum
+    # The number of threads decides the last bits of a sum, and waiting threads are slow where workers share the cores.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of commands that tests start
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Every test starts from the same random state, whichever tests ran before it."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For tests of tiny networks, which are slower on two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Ran(NamedTuple):

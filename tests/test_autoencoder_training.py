@@ -16,8 +16,6 @@ from libs.random import Stream, normal
 from libs.training.autoencoder import Autoencoder, AutoencoderLoss, above
 from libs.training.state import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = ("--config=configs/emoji32_autoencoder.py", "--config.compute.device=cpu", "--config.compute.rows=4",
         "--config.data.image_size=16", "--config.backbone.block_out_channels=4,8,8",
         "--config.backbone.norm_num_groups=2", "--config.backbone.latent_channels=2", "--config.autoencoder.hold_out=4",

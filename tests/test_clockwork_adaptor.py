@@ -33,8 +33,6 @@ from libs.distillation.trajectories import (
 from libs.policies.clockwork import Clockwork
 from libs.processes import Processes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 CONFIG = "configs/cifar10_unet.py"
 TINY = {"compute.device": "cpu", "compute.rows": 4, "backbone.sample_size": 16, "backbone.block_out_channels":

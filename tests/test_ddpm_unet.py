@@ -22,8 +22,6 @@ from libs.errors import UserError
 from libs.schedule import make_schedule, time_grid
 from libs.training.setup import recompute_activations
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CONFIG = "configs/celebahq256_unet.py"
 # The published model, block by block: name, channels in, channels out, attention.
 DOWN = [("down.1", 112, 112, 0), ("down.2", 112, 112, 0), ("down.4", 112, 224, 0), ("down.5", 224, 224, 0),

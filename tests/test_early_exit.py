@@ -18,8 +18,6 @@ from libs.cost import gmacs_per_image
 from libs.errors import UserError
 from libs.policies.early_exit import EarlyExit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 
 

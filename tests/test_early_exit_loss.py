@@ -12,8 +12,6 @@ from libs.training import setup
 from libs.training.batches import Batch
 from libs.training.early_exit import LayerwiseLoss
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 HEADS = "lte_classifer."
 
 # What 3 layers say of 2 images of 2 pixels

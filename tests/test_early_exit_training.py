@@ -25,8 +25,6 @@ from libs.training.batches import Batch
 from libs.training.early_exit import LayerwiseLoss
 from libs.training.state import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(train.__file__).parent
 HEADS = "lte_classifer."
 

@@ -13,8 +13,6 @@ from PIL import Image
 
 from libs.training.state import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SCRIPT = Path(__file__).parents[1] / "scripts/emoji32_uvit.sh"
 BASH = shutil.which("bash")
 STUB = """#!{bash}

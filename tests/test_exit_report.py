@@ -16,7 +16,6 @@ from libs.exit_watch import every_layer, exit_uncertainty, plain_denoiser, watch
 from libs.processes import Processes
 from libs.training.batches import Batches, load_training_data
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS, CALLS = 5, 6
 
 

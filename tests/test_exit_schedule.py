@@ -20,8 +20,6 @@ from libs.policies.early_exit import EarlyExit, Scheduled
 from libs.policies.exit_calibration import find_threshold
 from libs.policies.exit_schedule import depths_of, read_schedule
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 CALIBRATION = 2**62  # the first seed
 SCHEDULED = {"policy__mode": "schedule"}

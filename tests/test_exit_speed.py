@@ -16,7 +16,6 @@ from libs.exit_watch import every_layer, plain_denoiser, watch
 from libs.peak_tensors import PeakTensors
 from libs.policies.exit_schedule import depths_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS, CALLS = 5, 6
 VARIANTS = ["full", "schedule", "schedule_never", "per_sample", "per_sample_never", "released"]
 

@@ -9,8 +9,6 @@ from libs.backbones import UViT
 from libs.policies import make_policy
 from libs.policies.early_exit import EarlyExit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NETS = {"plain": {}, "label": {"num_classes": 11}, "text": {"clip_dim": 6, "num_clip_token": 3},
         "paper": {"uem": "paper", "num_classes": 11}, "guidance": {"guidance_embed": True}, "no_skip": {"skip": False}}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

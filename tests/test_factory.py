@@ -15,8 +15,6 @@ from libs.checkpoint import build_backbone, load_described, read, save_backbone
 from libs.errors import UserError
 from libs.factory import load_function
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MODULE = """
 import torch
 from torch import nn

@@ -13,8 +13,6 @@ from libs.data.feature_data import FeatureData, read_prompt_features
 from libs.data.feature_files import read_feature, write_feature
 from libs.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MOMENTS, TEXT = (8, 4, 4), (5, 6)  # shapes
 
 

@@ -13,8 +13,6 @@ from tiny_pipelines import CROSS, TOKENS, controlnet
 from libs.errors import UserError
 from libs.pipelines import Clockwork, EncoderPropagation, apply_policy
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 POLICIES = {
     "clockwork": Clockwork(3),
     "sequential": EncoderPropagation("every:3"),

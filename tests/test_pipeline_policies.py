@@ -9,8 +9,6 @@ from tiny_pipelines import IN_MEMORY
 
 from libs.pipelines import Clockwork, EncoderPropagation, apply_policy
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 POLICIES = {
     "clockwork": Clockwork(2),
     "parallel": EncoderPropagation("every:2", parallel=True, prior_noise=0.003),

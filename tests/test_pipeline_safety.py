@@ -16,8 +16,6 @@ from libs.adaptors.files import save_adaptor
 from libs.errors import UserError
 from libs.pipelines import Clockwork, EncoderPropagation, apply_policy
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 POLICIES = {
     "clockwork": Clockwork(2),
     "extrapolation": Clockwork(2, depth=2, adaptor="extrapolation", cut="before"),

@@ -17,8 +17,6 @@ from small_pipeline import close, image, small, small_image_to_image, swap_sched
 
 from libs.pipelines import Clockwork, EncoderPropagation, apply_policy
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NEEDS = {"DPMSolverSDEScheduler": "torchsde"}  # scheduler -> the extra package that it needs
 SCHEDULERS = {cls.__name__: cls for cls in DDIMScheduler().compatibles}
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")

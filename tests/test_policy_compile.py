@@ -7,8 +7,6 @@ from torch._dynamo.utils import counters
 
 from libs.pipelines import Clockwork, EncoderPropagation, apply_policy
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEPS = 50
 
 

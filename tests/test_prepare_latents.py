@@ -21,8 +21,6 @@ from libs.data import load_data, make_features
 from libs.data.feature_data import LATENTS_RECORD
 from libs.text import TextEncoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOKENS = 9
 CLASSES = ("n01", "n02", "n07")
 

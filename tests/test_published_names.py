@@ -25,8 +25,6 @@ from libs.pipelines import (
 )
 from libs.policies.key_steps import PUBLISHED
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parents[1]
 
 

@@ -11,8 +11,6 @@ from libs.errors import UserError
 from libs.pipelines import safety
 from libs.pipelines.safety import CHECKS, TOOLS, Running, Tool
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def leaky(pipe) -> Running:
     """Scales the UNet's output by more with every call it ever made, and cannot be switched off or on twice."""

@@ -15,8 +15,6 @@ import sample
 from libs import config as config_files
 from libs.data.images import save_png
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PROMPTS = "a cat\na red dog\nthe sea\n"
 
 

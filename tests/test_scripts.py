@@ -15,8 +15,6 @@ from PIL import Image
 
 from libs.seeds import parse_seeds
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 ENV_SH = SCRIPTS / "env.sh"
 BASH = shutil.which("bash")

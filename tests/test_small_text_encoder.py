@@ -12,8 +12,6 @@ from libs.data.raw import read_captions
 from libs.small_text_encoder import byte_pairs
 from libs.text import TextEncoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CAPTIONS = {"b": "Emoji of  a red heart\n", "a": "a cat\n\nit's a cat, 12\n"}
 
 

@@ -9,8 +9,6 @@ import torch
 from libs.errors import UserError
 from libs.pipelines import speed, untrained
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_the_full_network_is_that_of_stable_diffusion_15():
     with torch.device("meta"):

@@ -21,8 +21,6 @@ from libs.processes import Processes
 from libs.schedule import make_schedule
 from libs.training import new_network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 IMAGES = 4
 

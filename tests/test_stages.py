@@ -20,8 +20,6 @@ from libs.distillation.student import hold, legacy_labels
 from libs.errors import UserError
 from libs.training.state import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = ("--config.compute.device=cpu", "--config.compute.rows=4", "--config.backbone.patch_size=4",
         "--config.backbone.embed_dim=16", "--config.backbone.depth=2", "--config.backbone.num_heads=2")
 SHORT = ("--config.train.steps=4", "--config.train.batch_size=8", "--config.train.log_every=1",

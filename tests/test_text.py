@@ -13,8 +13,6 @@ from libs.contexts import HELD, DataContexts, PromptContexts, StoredContexts, ma
 from libs.errors import UserError
 from libs.text import CHUNK, TextEncoder, make_text_encoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOKENS = 9
 
 

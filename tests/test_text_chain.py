@@ -30,8 +30,6 @@ from libs.generate import Chain
 from libs.text import TextEncoder
 from libs.training import Batches, load_training_data, new_network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 TOKENS = 9
 CAPTIONS = [["a cat", "the cat"], ["a red dog"], ["the sea", "the red sea", "a photo of the sea"], ["a dog of the sea"]]

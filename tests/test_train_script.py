@@ -14,8 +14,6 @@ import train
 from libs.checkpoint import load_described
 from libs.training.state import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(train.__file__).parent
 TINY = ("--config=configs/digits_uvit.py", "--config.compute.device=cpu", "--config.compute.rows=4",
         "--config.backbone.patch_size=4", "--config.backbone.embed_dim=16", "--config.backbone.depth=2",

@@ -24,8 +24,6 @@ from libs.training.report import Report
 from libs.training.setup import choose_precision, recompute_activations, start_network
 from libs.training.state import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 LABELLED = {"kind": "label", "num_classes": 10, "null_label": 10, "drop": 0.3}
 

@@ -15,8 +15,6 @@ from libs.checkpoint import build_backbone, infer_uvit, load_described, save_bac
 from libs.errors import UserError
 from libs.heads import UEMHeads
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FORMS = ("released", "paper")
 UVITS = sorted(path.stem for path in Path("configs").glob("*uvit*.py"))
 TINY = {"name": "uvit", "img_size": 8, "patch_size": 4, "in_chans": 3, "embed_dim": 64, "depth": 4, "num_heads": 1,
