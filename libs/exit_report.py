@@ -1,7 +1,7 @@
 """What early exit does: how deep each image goes at each step, how uncertain it is there, and whether that is true.
 
     python -m libs.exit_report --config=configs/cifar10_uvit_tiny.py:early_exit \\
-        --checkpoint=cifar10_uvit_tiny_early_exit --seeds=0-63 --out=outputs/exits
+        --checkpoint=runs/early_exit --seeds=0-63 --out=outputs/exits
 
 Samples the seeds and writes into --out
     report.json      layer ratio, executed ratio, threshold; of each call of the network the histogram of exit layers

@@ -1,9 +1,10 @@
 """How fast early exit is on the clock, beside the layers that it saves.
 
     python -m libs.exit_speed --config=configs/cifar10_uvit_tiny.py:early_exit,dpm_solver \\
-        --checkpoint=cifar10_uvit_tiny_early_exit --out=outputs/exit_speed.json
+        --checkpoint=runs/early_exit --out=outputs/exit_speed.json
     python -m libs.exit_speed --config=configs/cifar10_uvit_small.py:early_exit,dpm_solver --random_heads=0.55 \\
-        --checkpoint=cifar10_uvit.pth --rows=128 --config.compute.precision=bf16 --out=outputs/exit_speed_gpu.json
+        --checkpoint=data/pretrained/cifar10_uvit_small.pth --rows=128 --config.compute.precision=bf16 \\
+        --out=outputs/exit_speed_gpu.json
 
 Whole loops of one network, in turns in one run, so that a busy machine slows all: the full model; `schedule` and
 `per_sample` with the config's threshold or target ratio; both with a depth that nothing leaves early; and the released
