@@ -128,7 +128,7 @@ picture() { # FLAGS...: exits by step and image, uncertainty maps, predicted aga
     local calibration=("${data_flags[@]}")
     [ -d "$images" ] || calibration=(--data_images=0)
     say "$config: pictures of the exits"
-    $launch -m libs.exit_report --config="configs/$config.py:$method" "${flags[@]}" "${calibration[@]}" \
+    $launch -m libs.exits.report --config="configs/$config.py:$method" "${flags[@]}" "${calibration[@]}" \
         "${eval_flags[@]}" --checkpoint="$exit_model" --config.policy.threshold="$threshold" "$@" \
         --seeds="0-$((samples < 64 ? samples - 1 : 63))" --out="$out/exits"
 }

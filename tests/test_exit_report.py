@@ -8,11 +8,12 @@ import tiny_exits
 import torch
 from PIL import Image
 
-from libs import build, exit_report
+from libs import build
 from libs import config as config_files
-from libs.exit_calibration import Certainties, calibration, certainties
-from libs.exit_pictures import uncertainty_rows
-from libs.exit_watch import every_layer, exit_uncertainty, plain_denoiser, watch
+from libs.exits import report as exit_report
+from libs.exits.calibration import Certainties, calibration, certainties
+from libs.exits.pictures import uncertainty_rows
+from libs.exits.watch import every_layer, exit_uncertainty, plain_denoiser, watch
 from libs.processes import Processes
 from libs.training.batches import Batches, load_training_data
 
@@ -48,7 +49,7 @@ def test_the_report_of_a_label_model(path, tmp_path, run_main):
     assert (result["samples"], result["gmacs_per_image"]["counted_images"]) == (10, 4)
     assert result["sampling"]["images_per_second"] > 0
     assert [batch["rows"] for batch in result["benchmark"]["batches"]] == [1]
-    assert result["command"].startswith("python -m libs.exit_report --config=")
+    assert result["command"].startswith("python -m libs.exits.report --config=")
     assert result["calibration"]["images"] == 24
     for name in ("exits", "calibration", "uncertainty"):
         with Image.open(tmp_path / f"out/{name}.png") as image:

@@ -9,12 +9,13 @@ from torch import nn
 
 import sample
 import train
-from libs import build, exit_schedule
+from libs import build
 from libs.backbones import UViT
 from libs.checkpoint import build_backbone, save_backbone
 from libs.config import load, override
 from libs.cost import gmacs_per_image
 from libs.errors import UserError
+from libs.exits import schedule as exit_schedule
 from libs.policies import make_policy
 from libs.policies.early_exit import EarlyExit, Scheduled
 from libs.policies.exit_calibration import find_threshold
@@ -251,7 +252,7 @@ def test_a_file_is_written_used_and_refused_elsewhere(checkpoint, tmp_path, run_
     path.write_text(json.dumps(held | {"depths": [5, 9, 5, 5]}))
     assert "is damaged" in refused()
     path.write_text("{}")
-    assert "is no schedule; python -m libs.exit_schedule writes one" in refused()
+    assert "is no schedule; python -m libs.exits.schedule writes one" in refused()
     path.write_text("{")
     assert "cannot be read" in refused()
 

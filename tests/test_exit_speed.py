@@ -8,11 +8,12 @@ import pytest
 import tiny_exits
 import torch
 
-from libs import build, exit_speed
+from libs import build
 from libs import config as config_files
-from libs.exit_random_heads import leaving_share, needed_biases
-from libs.exit_speed import Released, Variant, goal
-from libs.exit_watch import every_layer, plain_denoiser, watch
+from libs.exits import speed as exit_speed
+from libs.exits.random_heads import leaving_share, needed_biases
+from libs.exits.speed import Released, Variant, goal
+from libs.exits.watch import every_layer, plain_denoiser, watch
 from libs.peak_tensors import PeakTensors
 from libs.policies.exit_schedule import depths_of
 

@@ -142,7 +142,7 @@ def test_evaluate(recipe, run_main, name, model, config, weights, samples, thres
     rows = "before after per_sample schedule released pictures"
     ran = recipe(name, "evaluate", "--config.sampler.steps=7", MODEL=model, ROWS=rows)
     assert (ran.status, ran.stderr) == (0, "")
-    assert heads(ran.calls) == ["eval.py"] * 5 + ["libs.exit_report", "libs.tables"]
+    assert heads(ran.calls) == ["eval.py"] * 5 + ["libs.exits.report", "libs.tables"]
     for call in ran.calls:
         parses(run_main, call)
     before, after, per_sample, schedule, released, report, _ = ran.calls

@@ -8,7 +8,7 @@ from torch import nn
 from libs import build
 from libs import config as config_files
 from libs.checkpoint import build_backbone, save_backbone
-from libs.exit_random_heads import add_random_heads
+from libs.exits.random_heads import add_random_heads
 
 CPU = torch.device("cpu")
 THRESHOLD = 0.5

@@ -2,7 +2,7 @@
 
     7              7 layers at every step
     3x30,13x20     30 calls of 3 layers, then 20 of 13
-    FILE           what `python -m libs.exit_schedule` writes: JSON with `depths`, one a call, and what they are for
+    FILE           what `python -m libs.exits.schedule` writes: JSON with `depths`, one a call, and what they are for
 """
 
 import json
@@ -50,7 +50,7 @@ def depths_of(text: str, layers: int, times: Tensor | None = None) -> tuple[int,
         parts = [PART.fullmatch(part.strip()) for part in text.split(",")]
         if None in parts:
             raise UserError(f"policy.schedule={text!r} is no schedule; write a number of layers such as 7, layers x "
-                            "calls such as 3x30,13x20, or a file of python -m libs.exit_schedule")
+                            "calls such as 3x30,13x20, or a file of python -m libs.exits.schedule")
         depths = tuple(int(part[1]) for part in parts for _ in range(int(part[2])))
         if times is not None and len(depths) != len(times):
             raise UserError(f"policy.schedule={text!r} is for {len(depths)} calls of the network, this sampler makes "
@@ -67,11 +67,11 @@ def read_schedule(path: str | Path) -> dict[str, Any]:
         held = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"policy.schedule={str(path)!r}: no such file; write a number of layers such as 7, layers x "
-                        "calls such as 3x30,13x20, or a file of python -m libs.exit_schedule") from None
+                        "calls such as 3x30,13x20, or a file of python -m libs.exits.schedule") from None
     except (OSError, ValueError) as error:
         raise UserError(f"policy.schedule={str(path)!r} cannot be read ({reason(error)})") from error
     if not isinstance(held, dict) or held.get("format") != FORMAT:
-        raise UserError(f"policy.schedule={str(path)!r} is no schedule; python -m libs.exit_schedule writes one")
+        raise UserError(f"policy.schedule={str(path)!r} is no schedule; python -m libs.exits.schedule writes one")
     depths, times, layers = held.get("depths"), held.get("times"), held.get("layers")
     whole = (isinstance(layers, int) and _all_numbers(depths, int) and _all_numbers(times, int | float)
              and len(depths) == len(times) and all(1 <= depth <= layers for depth in depths))

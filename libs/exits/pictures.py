@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exit_calibration import TRUTHS, as_array
-from .files import atomic_path
-from .montage import Row
+from ..files import atomic_path
+from ..montage import Row
+from .calibration import TRUTHS, as_array
 
 TITLES = {"eps_error": "1 - tanh|g_i - eps|", "final_gap": "1 - tanh|g_i - g_N|"}
 NAMED = 12  # calls whose times are written on the axis
@@ -51,7 +51,7 @@ def draw_calibration(numbers: Mapping[str, Any], path: str | Path) -> None:
     """Predicted against true certainty, a point a layer and bin of t, above the mean absolute error of each; a column
     each truth.
 
-    numbers: of `exit_calibration.calibration`.
+    numbers: of `calibration.calibration`.
     """
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
 """What early exit does: how deep each image goes at each step, how uncertain it is there, and whether that is true.
 
-    python -m libs.exit_report --config=configs/cifar10_uvit_tiny.py:early_exit \\
+    python -m libs.exits.report --config=configs/cifar10_uvit_tiny.py:early_exit \\
         --checkpoint=runs/early_exit --seeds=0-63 --out=outputs/exits
 
 Samples the seeds and writes into --out
@@ -27,23 +27,23 @@ from absl import flags as absl_flags
 from absl import logging
 from tqdm import tqdm
 
-from . import build, cli
-from . import checkpoint as checkpoints
-from .benchmark import benchmark, check_benchmark, synchronize
-from .contexts import make_contexts
-from .cost import gmacs_per_image
-from .data.images import save_png
-from .errors import UserError
-from .exit_calibration import Certainties, calibration, certainties, join
-from .exit_pictures import draw_calibration, draw_exits, uncertainty_rows
-from .exit_watch import every_layer, exit_uncertainty, plain_denoiser, watch
-from .files import atomic_path
-from .generate import Chain
-from .montage import montage
-from .processes import Processes
-from .provenance import command_line, file_sha256, git_commit, machine, versions
-from .seeds import parse_labels, parse_seeds
-from .training.batches import Batches, load_training_data
+from .. import build, cli
+from .. import checkpoint as checkpoints
+from ..benchmark import benchmark, check_benchmark, synchronize
+from ..contexts import make_contexts
+from ..cost import gmacs_per_image
+from ..data.images import save_png
+from ..errors import UserError
+from ..files import atomic_path
+from ..generate import Chain
+from ..montage import montage
+from ..processes import Processes
+from ..provenance import command_line, file_sha256, git_commit, machine, versions
+from ..seeds import parse_labels, parse_seeds
+from ..training.batches import Batches, load_training_data
+from .calibration import Certainties, calibration, certainties, join
+from .pictures import draw_calibration, draw_exits, uncertainty_rows
+from .watch import every_layer, exit_uncertainty, plain_denoiser, watch
 
 BINS = 10  # of t in the calibration
 FLAGS = ("seeds", "labels", "prompts", "checkpoint", "shown", "shown_steps", "data_images", "benchmark", "out")
@@ -176,7 +176,7 @@ def report(config, flags) -> None:
     if held is not None:
         result["calibration"] = calibration(held, BINS)
         draw_calibration(result["calibration"], out / "calibration.png")
-    words = command_line("libs.exit_report", config, flags, FLAGS)
+    words = command_line("libs.exits.report", config, flags, FLAGS)
     result |= {"versions": versions(), "git_commit": git_commit(),
                "command": f"python -m {words.removeprefix('python ')}"}
     with atomic_path(out / "report.json") as temporary:

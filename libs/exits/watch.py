@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser
-from .generate import Chain
-from .policies.sites import unwrap
+from ..denoiser import Denoiser
+from ..generate import Chain
+from ..policies.sites import unwrap
 
 
 class Call(NamedTuple):

@@ -10,11 +10,11 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from .backbones.uvit import UViT
-from .build import make_chain, prepare_backbone
-from .contexts import Contexts
-from .exit_watch import every_layer, plain_denoiser, watch
-from .generate import Chain
+from ..backbones.uvit import UViT
+from ..build import make_chain, prepare_backbone
+from ..contexts import Contexts
+from ..generate import Chain
+from .watch import every_layer, plain_denoiser, watch
 
 CALLS = 8  # of a loop, whose inputs the biases are fitted to
 ITERATIONS = 40  # of bisections

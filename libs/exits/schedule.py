@@ -1,6 +1,6 @@
 """Calibrates early exit's mode `schedule` once and keeps the result: a depth for every call of the network.
 
-    python -m libs.exit_schedule --config=configs/cifar10_uvit_small.py:early_exit --checkpoint=runs/early_exit \\
+    python -m libs.exits.schedule --config=configs/cifar10_uvit_small.py:early_exit --checkpoint=runs/early_exit \\
         --config.policy.target_layer_ratio=0.55 --out=outputs/schedule.json
     python sample.py --config=configs/cifar10_uvit_small.py:early_exit --checkpoint=runs/early_exit \\
         --config.policy.mode=schedule --config.policy.schedule=outputs/schedule.json --out=outputs/samples
@@ -13,11 +13,11 @@ import sys
 from absl import flags as absl_flags
 from absl import logging
 
-from . import build, cli
-from .errors import UserError
-from .policies.exit_calibration import FIRST_SEED
-from .policies.exit_schedule import write_schedule
-from .provenance import file_sha256
+from .. import build, cli
+from ..errors import UserError
+from ..policies.exit_calibration import FIRST_SEED
+from ..policies.exit_schedule import write_schedule
+from ..provenance import file_sha256
 
 SETTINGS = ("target_layer_ratio", "quantile", "check_every", "patience", "joint", "calibration_images")
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser
-from .training.batches import Batch
+from ..denoiser import Denoiser
+from ..training.batches import Batch
 
 TRUTHS = ("eps_error", "final_gap")
 

@@ -1,8 +1,8 @@
 """How fast early exit is on the clock, beside the layers that it saves.
 
-    python -m libs.exit_speed --config=configs/cifar10_uvit_tiny.py:early_exit,dpm_solver \\
+    python -m libs.exits.speed --config=configs/cifar10_uvit_tiny.py:early_exit,dpm_solver \\
         --checkpoint=runs/early_exit --out=outputs/exit_speed.json
-    python -m libs.exit_speed --config=configs/cifar10_uvit_small.py:early_exit,dpm_solver --random_heads=0.55 \\
+    python -m libs.exits.speed --config=configs/cifar10_uvit_small.py:early_exit,dpm_solver --random_heads=0.55 \\
         --checkpoint=data/pretrained/cifar10_uvit_small.pth --rows=128 --config.compute.precision=bf16 \\
         --out=outputs/exit_speed_gpu.json
 
@@ -26,19 +26,19 @@ from absl import flags as absl_flags
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import build, cli
-from .benchmark import WARM_UP, timed_loop
-from .contexts import Contexts, make_contexts
-from .errors import UserError
-from .exit_random_heads import add_random_heads
-from .files import atomic_path
-from .generate import Chain
-from .markdown import EMPTY, markdown_table
-from .peak_tensors import PeakTensors
-from .policies import Full
-from .policies.exit_walk import run_layer
-from .policies.sites import unwrap
-from .provenance import git_commit, machine, versions
+from .. import build, cli
+from ..benchmark import WARM_UP, timed_loop
+from ..contexts import Contexts, make_contexts
+from ..errors import UserError
+from ..files import atomic_path
+from ..generate import Chain
+from ..markdown import EMPTY, markdown_table
+from ..peak_tensors import PeakTensors
+from ..policies import Full
+from ..policies.exit_walk import run_layer
+from ..policies.sites import unwrap
+from ..provenance import git_commit, machine, versions
+from .random_heads import add_random_heads
 
 PROTOCOL = ("a timed loop goes from seeds to uint8 images, the device synchronised before and after; after {warm_up} "
             "untimed round, {repeats} rounds, each variant once a round; images_per_second is that of the median loop; "
