@@ -201,8 +201,16 @@ def students_table(paths: Iterable[str | Path]) -> str:
     return read_table(paths)
 
 
+def exit_speed_table(paths: Iterable[str | Path]) -> str:
+    """The table of one speed benchmark of early exit (`libs.exits.speed`)."""
+    from .exits.speed import table  # stands above this module
+
+    path, = paths
+    return table(json.loads(Path(path).read_text()))
+
+
 TABLES = {"results": results_table, "students": students_table, "compare": compare_table, "safety": safety_table,
-          "speed": speed_table}
+          "speed": speed_table, "exit_speed": exit_speed_table}
 
 
 def fill_tables(text: str, root: Path) -> str:
