@@ -103,7 +103,7 @@ class Grid:
 
     def run(self) -> None:
         """Measure every cell that has no result, one after the other, those that turn up on the way included."""
-        images = seconds = 0.0  # images x steps of this session, and what they took
+        images = seconds = 0.0  # images x steps made now, and what they took
         left_out = set()
         while True:
             for cell in self.plan():
