@@ -5,6 +5,7 @@ is ever unpickled as code, and none chooses a Python file that runs.
 """
 
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -94,6 +95,22 @@ def save_backbone(path: Path, tensors: Mapping[str, Tensor], description: Mappin
     metadata = {"format": FORMAT, "config": json.dumps(description, sort_keys=True)}
     with atomic_path(path) as temporary:
         temporary.write_bytes(save({name: stored(name, each) for name, each in tensors.items()}, metadata))
+
+
+def resolve_file(name: str, flag: str = "--checkpoint") -> Path:
+    """As `resolve`, for what must be one file: a diffusers folder is refused."""
+    path = resolve(name)
+    if path.is_dir():
+        raise UserError(f"{flag}={name}: want a file or a training folder")
+    return path
+
+
+def save_pth(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write tensors as torch.save does, for other code's formats."""
+    buffer = io.BytesIO()  # torch.save reports a full disk as an error of its own kind
+    torch.save(content, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 
 def read(path: str | Path, field: str = "checkpoint") -> tuple[dict[str, Tensor], dict[str, Any]]:

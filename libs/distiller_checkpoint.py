@@ -7,21 +7,18 @@ file. It holds {"G": weights, "n_timesteps": N, "time_scale": s} and no word of 
 takes for granted must hold: the cosine schedule of N steps, v, the label s * i at step i, no classes.
 """
 
-import io
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from absl import flags as absl_flags
 from absl import logging
 from torch import Tensor, nn
 
 from . import cli
-from .checkpoint import distiller_description, read, resolve
+from .checkpoint import distiller_description, read, resolve_file, save_pth
 from .errors import UserError
-from .files import atomic_path
 
 BACKBONES = ("ddpm_unet", "factory")  # its own UNet, and models made for it
 UNSAID = {  # fields that a description may leave out, and what they are then
@@ -38,11 +35,8 @@ def save(path: str | Path, net: nn.Module | Mapping[str, Tensor], description: M
     """
     steps, scale = steps_and_scale(description)
     tensors = net.state_dict() if isinstance(net, nn.Module) else net
-    buffer = io.BytesIO()  # torch.save reports a full disk as an error of its own kind
-    torch.save({"G": {name: each.detach().cpu() for name, each in tensors.items()}, "n_timesteps": steps,
-                "time_scale": scale}, buffer)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    save_pth(path, {"G": {name: each.detach().cpu() for name, each in tensors.items()}, "n_timesteps": steps,
+                    "time_scale": scale})
 
 
 def steps_and_scale(description: Mapping[str, Any]) -> tuple[int, float]:
@@ -81,9 +75,7 @@ def define_flags(fv) -> None:
 
 
 def convert(_, flags) -> None:
-    path = resolve(flags.checkpoint)
-    if path.is_dir():
-        raise UserError(f"--checkpoint={flags.checkpoint}: want a file or a training folder")
+    path = resolve_file(flags.checkpoint)
     if Path(flags.out).suffix not in (".pt", ".pth"):
         raise UserError(f"--out={flags.out} must end in .pt")
     tensors, description = read(path)

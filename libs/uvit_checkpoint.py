@@ -9,21 +9,18 @@ code takes for granted must hold: eps, on the linear VP-SDE or Stable Diffusion'
 uncertainty heads out, which U-ViT's own code does not know.
 """
 
-import io
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from absl import flags as absl_flags
 from absl import logging
 from torch import Tensor
 
 from . import cli
-from .checkpoint import read, resolve
+from .checkpoint import read, resolve_file, save_pth
 from .errors import UserError
-from .files import atomic_path
 from .heads import infer_form
 
 HEADS = "lte_classifer."
@@ -70,16 +67,11 @@ def define_flags(fv) -> None:
 
 
 def convert(_, flags) -> None:
-    path = resolve(flags.checkpoint)
-    if path.is_dir():
-        raise UserError(f"--checkpoint={flags.checkpoint}: want a file or a training folder")
+    path = resolve_file(flags.checkpoint)
     if Path(flags.out).suffix != ".pth":
         raise UserError(f"--out={flags.out} must end in .pth")
     tensors = state_dict(*read(path), flags.heads)
-    buffer = io.BytesIO()  # torch.save reports a full disk as an error of its own kind
-    torch.save(tensors, buffer)
-    with atomic_path(flags.out) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    save_pth(flags.out, tensors)
     logging.info("%s: %d tensors of %s", flags.out, len(tensors), path)
 
 

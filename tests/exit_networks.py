@@ -1,9 +1,14 @@
 """Tiny U-ViTs whose rows leave at all layers, and what their layers give, written out."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
+from libs import build
 from libs.backbones import UViT
+from libs.checkpoint import build_backbone, save_backbone
+from libs.config import load
 
 ROWS = 15
 THRESHOLD = 0.5
@@ -72,3 +77,15 @@ def mix_exits(net: UViT, x, t, more, threshold: float = THRESHOLD) -> None:
             low, high = (bias, high) if sure.sum() < share else (low, bias)
         nn.init.constant_(head.lte.bias, high + 1e-4)
         staying &= net.certainty(i, maps[i], time).mean(dim=(1, 2)) <= threshold
+
+
+def digits_checkpoint(folder: Path) -> Path:
+    """The file of an untrained network of configs/digits_uvit.py with heads, at the threshold 0.5."""
+    config = load("configs/digits_uvit.py:early_exit")
+    torch.manual_seed(0)
+    net = build_backbone(config.backbone).eval()
+    for head in net.lte_classifer:
+        nn.init.normal_(head.lte.weight, std=0.5)
+    path = folder / "digits.safetensors"
+    save_backbone(path, net.state_dict(), build.describe(config))
+    return path

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 
 from libs.data import ImageData, cache, load_data, pictures
 from libs.data.folder import folder_batches
@@ -20,16 +21,6 @@ from libs.files import atomic_path
 def write_image(path, size=(8, 8), color=(0, 0, 0), mode="RGB", **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, color).save(path, **options)
-
-
-def refused(*fragments, **request):
-    """load_data raises one line with all the fragments."""
-    with pytest.raises(UserError) as caught:
-        load_data(**request)
-    text = str(caught.value)
-    assert "\n" not in text
-    for fragment in fragments:
-        assert fragment in text, text
 
 
 # ---- digits

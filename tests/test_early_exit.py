@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exit_networks import inputs, mix_exits, tiny
+from exit_networks import digits_checkpoint, inputs, mix_exits, tiny
 from torch import nn
 
 import eval as eval_script
 import sample
 from libs import build
 from libs.backbones import UNet2D, UViT
-from libs.checkpoint import build_backbone, save_backbone
 from libs.config import load, override
 from libs.cost import gmacs_per_image
 from libs.errors import UserError
@@ -180,15 +179,7 @@ DIGITS = "--config=configs/digits_uvit.py:early_exit"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The file of an untrained network of configs/digits_uvit.py with heads, at the threshold 0.5."""
-    config = load("configs/digits_uvit.py:early_exit")
-    torch.manual_seed(0)
-    net = build_backbone(config.backbone).eval()
-    for head in net.lte_classifer:
-        nn.init.normal_(head.lte.weight, std=0.5)
-    path = tmp_path_factory.mktemp("digits") / "digits.safetensors"
-    save_backbone(path, net.state_dict(), build.describe(config))
-    return path
+    return digits_checkpoint(tmp_path_factory.mktemp("digits"))
 
 
 def test_eval_tells_what_ran(checkpoint, tmp_path, run_main):

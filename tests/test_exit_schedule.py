@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from exit_networks import digits_checkpoint
 from torch import nn
 
 import sample
 import train
 from libs import build
 from libs.backbones import UViT
-from libs.checkpoint import build_backbone, save_backbone
 from libs.config import load, override
 from libs.cost import gmacs_per_image
 from libs.errors import UserError
@@ -201,15 +201,7 @@ def test_every_depth_is_compiled_once():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The file of an untrained network of configs/digits_uvit.py with heads, at the threshold 0.5."""
-    config = load("configs/digits_uvit.py:early_exit")
-    torch.manual_seed(0)
-    net = build_backbone(config.backbone).eval()
-    for head in net.lte_classifer:
-        nn.init.normal_(head.lte.weight, std=0.5)
-    path = tmp_path_factory.mktemp("digits") / "digits.safetensors"
-    save_backbone(path, net.state_dict(), build.describe(config))
-    return path
+    return digits_checkpoint(tmp_path_factory.mktemp("digits"))
 
 
 def command(checkpoint, out, *fields: str) -> list[str]:

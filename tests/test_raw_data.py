@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 
 from libs.data import load_data, pictures
 from libs.data.cache import cached_array
@@ -46,15 +47,6 @@ def write_zip(path, files):
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():
             archive.writestr(name, content)
-
-
-def refused(*fragments, **request):
-    with pytest.raises(UserError) as caught:
-        load_data(**request)
-    text = str(caught.value)
-    assert "\n" not in text
-    for fragment in fragments:
-        assert fragment in text, text
 
 
 def levels(data):
