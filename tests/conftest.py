@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 
 def pytest_configure() -> None:
@@ -21,6 +22,15 @@ def pytest_configure() -> None:
 def _seed() -> None:
     """Every test starts from the same random state, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile as at the start of a process: no graph of another test counts towards its limits."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 class Ran(NamedTuple):

@@ -179,6 +179,7 @@ def test_a_schedule_and_a_target_ratio_exclude_each_other():
         EarlyExit(mode="schedule", schedule="3", target_layer_ratio=0.5)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_every_depth_is_compiled_once():
     """However few graphs torch.compile keeps for one function."""
     net, graphs = tiny(depth=2), []

@@ -10,12 +10,7 @@ from libs.pipelines import Clockwork, EncoderPropagation, apply_policy
 STEPS = 50
 
 
-@pytest.fixture(autouse=True)
-def _dynamo():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def graphs() -> int:

@@ -72,8 +72,8 @@ def test_ratios_are_of_the_same_round():
     assert row["bookkeeping"] == pytest.approx(0.2)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_networks_stay_whole_behind_the_clock():
-    torch._dynamo.reset()
     graphs = []
 
     def backend(graph, inputs):
@@ -89,7 +89,6 @@ def test_compiled_networks_stay_whole_behind_the_clock():
     compiled = torch.compile(net, backend=backend)
     for _ in range(3):
         compiled(torch.ones(1, 4))
-    torch._dynamo.reset()
     assert len(graphs) == 1
     assert len(clock.marks) == 3
 
