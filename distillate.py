@@ -3,6 +3,7 @@
     python distillate.py --config=configs/cifar10_unet.py:progressive --config.distill.start_steps=1024 \\
         --config.distill.end_steps=2 --workdir=runs/students
     python distillate.py --config=configs/digits_uvit.py:progressive --checkpoint=runs/digits --workdir=runs/digits_8
+    python distillate.py --config=configs/cifar10_unet.py:flash --workdir=runs/flash
     python distillate.py --config=configs/cifar10_unet.py:dpm_solver_pp,clockwork_adaptor --config.sampler.steps=8 \\
         --workdir=runs/adaptor
     python distillate.py --config=configs/sd15.py:clockwork_adaptor --config.pipeline.scheduler=dpm_solver_pp \\
@@ -12,6 +13,9 @@ progressive: one DDIM step of a student learns two of its teacher's; the student
 --checkpoint, or else the config's own. WORKDIR gets stages.json and a training folder as train.py's for each student,
 such as steps_0512; sample.py --checkpoint=WORKDIR takes the last one, --checkpoint=WORKDIR/steps_0512 that one, and
 each brings its number of steps along.
+
+flash: a student of a few steps learns a teacher's solutions from its noise at once, with the teacher's score and
+features; --config.distill.lora_rank=64 trains a LoRA. WORKDIR is a training folder; sample.py --checkpoint=WORKDIR.
 
 clockwork_adaptor: the model stays as it is, and an adaptor learns from its trajectories, without images. WORKDIR gets
 adaptor.safetensors, which --config.policy.adaptor names with :clockwork, the sampler, and its steps.
@@ -54,7 +58,14 @@ def train_adaptor(config, flags, began: float) -> int:
     return distil(config, flags.workdir, flags.checkpoint, flags.prompts, flags.chosen, began)
 
 
-DISTILLATIONS = {"progressive": halve, "clockwork_adaptor": train_adaptor}
+def train_few_steps(config, flags, began: float) -> int:
+    """Flash Diffusion."""
+    from libs.distillation.flash_training import distil
+
+    return distil(config, flags.workdir, flags.checkpoint, began)
+
+
+DISTILLATIONS = {"progressive": halve, "flash": train_few_steps, "clockwork_adaptor": train_adaptor}
 
 
 def distillate(config, flags) -> int:

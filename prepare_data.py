@@ -10,6 +10,7 @@
     python prepare_data.py text --config=configs/mscoco_uvit_small.py \
         --captions=data/coco/annotations_trainval2014.zip --split=train --out=data/coco256_features
     python prepare_data.py text --config=configs/mscoco_uvit_small.py --prompts=prompts.txt --out=data/coco256_features
+    python prepare_data.py webdataset --out=data/emoji_shards data/emoji64
 """
 
 import dataclasses
@@ -26,8 +27,13 @@ from libs.data.feature_data import PARTS
 from libs.data.image_files import list_images, open_files
 from libs.data.lmdb_images import RESAMPLE, pack_images
 from libs.data.make_features import write_empty, write_latents, write_prompts, write_texts
+from libs.data.make_shards import write_shards
 from libs.data.pictures import Pictures
 from libs.data.raw import captioned, imagenet, read_captions
+from libs.data.shard_cache import CACHE_BYTES, ShardCache, default_folder
+from libs.data.shard_files import FolderShard, TarShard
+from libs.data.shard_filters import at_least
+from libs.data.shard_urls import list_shards
 from libs.defaults import base_config
 from libs.errors import UserError
 from libs.metrics import EXTRACTORS, make_extractor
@@ -208,6 +214,41 @@ def text(config, flags) -> None:
     processes.close()
 
 
+def define_webdataset_flags(fv) -> None:
+    absl_flags.DEFINE_string("images", None, "folder of images with captions, or addresses of shards; --images= may be "
+                             "left out", flag_values=fv)
+    absl_flags.DEFINE_string("out", None, "folder of the shards", flag_values=fv)
+    absl_flags.DEFINE_float("shard_mb", 1000, "size of a shard, in 10^6 bytes", lower_bound=0.02, flag_values=fv)
+    absl_flags.DEFINE_integer("shard_images", 10_000, "images in a shard, at most", lower_bound=1, flag_values=fv)
+    absl_flags.DEFINE_string("caption_key", "caption", "field of a sample's json; a txt needs none", flag_values=fv)
+    absl_flags.DEFINE_string("score_key", "aesthetic_score", "field of a sample's json", flag_values=fv)
+    absl_flags.DEFINE_float("min_score", 0, "leave out samples with a lower score, or none; 0 takes all",
+                            flag_values=fv)
+    absl_flags.mark_flags_as_required(["images", "out"], fv)
+
+
+def webdataset(config, flags) -> None:
+    """Pack a folder of images with captions beside them into webdataset shards, for data.name=webdataset.
+
+    The captions of a.png are the lines of a.txt, or a.json holds one. Sub-folders are searched too. Shards are packed
+    anew, by their addresses as in libs/data/shard_urls.py. What cannot be used is left out, counted, and named. The
+    same command goes on where it was stopped.
+    """
+    cache = ShardCache(default_folder(), CACHE_BYTES, "--images")
+    folder = Path(flags.images).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.tar")):
+        source = [FolderShard(folder, cache, "--images")]
+        list_images(folder, "--images")  # before a folder is made
+    else:
+        source = [TarShard(address, cache) for address in list_shards(flags.images, "--images")]
+    filters = [at_least(flags.score_key, flags.min_score)] if flags.min_score else []
+    written = write_shards(source, cli.output_dir(flags.out), int(flags.shard_mb * 1e6), flags.shard_images, filters,
+                           flags.caption_key)
+    print(f"{flags.out}: {written.samples:,} images in {written.shards:,} shards, {written.bytes / 1e6:.1f} MB")
+    for line in written.left_out.lines():
+        print(f"left out: {line}")
+
+
 def _model_section(config, flags, name: str):
     if "pipeline" in config:
         raise UserError(f"--config={flags.config}: a pipeline is not trained here; take a config with a backbone")
@@ -217,7 +258,8 @@ def _model_section(config, flags, name: str):
 COMMANDS = {"stats": cli.Command(stats, define_stats_flags, "optional"),
             "lmdb": cli.Command(pack_lmdb, define_lmdb_flags, positional="images"),
             "latents": cli.Command(latents, define_latents_flags, "required"),
-            "text": cli.Command(text, define_text_flags, "required")}
+            "text": cli.Command(text, define_text_flags, "required"),
+            "webdataset": cli.Command(webdataset, define_webdataset_flags, positional="images")}
 
 
 def main(argv: list[str] | None = None) -> int:

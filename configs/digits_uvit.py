@@ -33,6 +33,9 @@ def get_config(methods: str = ""):
     )
     config.eval.metrics = ()
     apply_methods(config, methods, METHODS)
-    if "distill" in config:  # seconds instead of the paper's 50,000 updates a halving
+    if "distill" in config:  # seconds instead of the papers' tens of thousands of updates
         config.train.update(steps=100, lr=1e-3, log_every=10, save_every=50, preview_every=50)
+        if config.distill.name == "flash":
+            config.distill.update(stage_updates="50,50,50,50", teacher_steps="16", guidance="2.5", discriminator_lr=1e-3)
+            config.train.update(steps=200)
     return config

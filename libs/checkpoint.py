@@ -249,6 +249,28 @@ def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
     net.load_state_dict(tensors)
 
 
+def has_lora(net: nn.Module) -> bool:
+    return any(".lora_" in name for name, _ in net.named_parameters())
+
+
+def learned_state(net: nn.Module) -> dict[str, Tensor]:
+    """What the checkpoints of a training hold: the whole network, or its LoRA alone."""
+    if not has_lora(net):
+        return net.state_dict()
+    from .lora import lora_state  # peft takes seconds to import
+
+    return lora_state(net)
+
+
+def load_learned(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """`learned_state` back into the network; strict, as `load_weights`."""
+    if not has_lora(net):
+        return load_weights(net, tensors, source)
+    from .lora import load_lora
+
+    return load_lora(net, tensors, source)
+
+
 def load_backbone(path: str | Path, backbone: Mapping | None = None) -> nn.Module:
     """A network in eval mode from our safetensors, a U-ViT `.pth`, diffusion_distiller's `checkpoint.pt`, or a
     diffusers folder of a UNet2DModel.
@@ -267,6 +289,8 @@ def load_described(path: str | Path, backbone: Mapping | None = None) -> tuple[n
     if path.is_dir():
         return _load_diffusers(path), {}
     tensors, description = read(path)
+    if "lora" in description:
+        return _with_lora(path, tensors, description, backbone)
     own_model = backbone is not None and backbone["name"] == "factory"
     held = description.get("backbone")
     if held is None:
@@ -285,6 +309,23 @@ def load_described(path: str | Path, backbone: Mapping | None = None) -> tuple[n
         if held is None and own_model:
             description.pop("codec")  # the order of the channels is that of the user's own images
     return net.eval(), description
+
+
+def _with_lora(path: Path, tensors: Mapping[str, Tensor], description: dict[str, Any],
+               backbone: Mapping | None) -> tuple[nn.Module, dict[str, Any]]:
+    """(the network that a LoRA was trained on, with the LoRA merged into it, the description of the whole)."""
+    from .lora import add_lora, fingerprint, load_lora, merge_lora, same_weights
+
+    lora = description["lora"]
+    try:
+        net, _ = load_described(resolve(lora["base"], "the LoRA's base"), backbone)
+    except UserError as error:
+        raise UserError(f"checkpoint {path} is a LoRA of {lora['base']!r}, which does not load: {error}") from error
+    if not same_weights(fingerprint(net), lora["base_fingerprint"]):
+        raise UserError(f"checkpoint {path} is a LoRA of other weights than {lora['base']!r} holds now")
+    add_lora(net, lora["rank"], lora["alpha"], lora["targets"])
+    load_lora(net, tensors, str(path))
+    return merge_lora(net).eval(), {name: value for name, value in description.items() if name != "lora"}
 
 
 def _foreign_section(tensors: Mapping[str, Tensor], description: Mapping, wanted: Mapping | None) -> Mapping:

@@ -36,6 +36,14 @@ def base_config() -> ConfigDict:
             "labels": "none",  # of an image folder: none, or folders
             "download": False,
             "flip": True,  # horizontal flips in training
+            # Of webdataset (path: addresses of shards, see libs/data/shard_urls.py) and captioned_folder:
+            "keys": "",  # extensions that each sample has to have, as in "json edge.png"
+            "caption_key": "caption",  # field of a sample's json; a txt needs none
+            "score_key": "aesthetic_score",  # field of a sample's json
+            "min_score": 0.0,  # samples with a lower score, or without one, are left out; 0 takes all
+            "maps": "",  # before an image is cut and resized, as in "crop 1024; canny": libs/data/shard_filters.py
+            "shard_cache": "",  # folder of fetched shards; empty: one in ~/.cache
+            "shard_cache_gb": 50.0,  # of which so much stays
         },
         "policy": {"name": "full"},
         "sampler": {

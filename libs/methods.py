@@ -82,6 +82,46 @@ def hramchenko(config: ConfigDict) -> None:
                         ema=0.999)
 
 
+def flash(config: ConfigDict, **published) -> None:
+    """Flash Diffusion (2406.02347): a student of a few steps, from a teacher's solutions, its score and its features.
+
+    Lists are strings: a value for each stage, or one for all; `;` parts stages whose values are lists themselves.
+    published: fields of the distill section, and as `train` of the train section, that were published for a model.
+    """
+    train = published.pop("train", {})
+    config.distill = ConfigDict({
+        "name": "flash",
+        "student_steps": 4,  # by which the student samples; its times are the modes below
+        "stage_updates": "5000,5000,5000,5000",  # the last stage goes on to train.steps
+        "teacher_steps": "32",  # K, of the teacher's grid, on which the student starts
+        "mode_weights": "0,0,.5,.5; .1,.3,.3,.3; .25,.25,.25,.25; .4,.2,.2,.2",  # of t = 1, 3/4, 1/2, 1/4
+        "spread": 0.5,  # of each mode over its neighbours on the grid
+        "start": "modes",  # modes, uniform: any step of the grid
+        "start_per": "image",  # image; batch: one start for all, as released
+        "guidance": "1",  # lowest,highest scale of the teacher; 1 is none
+        "distil_scale": "1",  # of the three losses
+        "dmd_scale": "0,.3,.5,.7",
+        "adversarial_scale": "0,.1,.2,.3",
+        "distance": "l2",  # of the distillation loss: l2, l1, lpips
+        "gan": "lsgan",  # hinge, vanilla, non_saturating, wgan, lsgan
+        "adversarial_times": "10,250,500,750",  # steps of 1,000 at which the discriminator looks
+        "real": "data",  # what it takes for real: data, teacher
+        "teacher_solver": "dpm_solver_pp",  # dpm_solver_pp, ddim (Euler under flow matching)
+        "teacher_policy": "full",  # of its roll-outs: full, clockwork:2 (the clock), encoder_propagation:every:2 (keys)
+        "lora_rank": 0,  # of a LoRA student, which needs no second network; 0 trains the whole network
+        "lora_alpha": 0,  # 0 is the rank
+        "lora_targets": "",  # layers by the ends of their names; "" is the family's own
+        "discriminator_width": 64,  # channels after its first layer
+        "discriminator_layers": 0,  # 0 is what the size of the features asks for
+        "discriminator_features": "middle",  # of the teacher: middle, output (as released for transformers)
+        "discriminator_lr": 1e-5,
+        **published,
+    })
+    config.train.update({"steps": 20_000, "batch_size": 64, "lr": 1e-5, "betas": (0.9, 0.999), "warmup": 0,
+                         "decay_from": 1.0, "weight_decay": 0.01, "clip_norm": 0.0, "ema": 0.0, "eval_every": 0,
+                         **train})
+
+
 def clockwork(config: ConfigDict) -> None:
     """Clockwork with the identity adaptor, every second step in full (2312.08128)."""
     config.policy = ConfigDict({
@@ -180,7 +220,7 @@ def early_exit_paper(config: ConfigDict, **published) -> None:
 
 METHODS: dict[str, Method] = {
     "full": full, "dpm_solver": dpm_solver, "dpm_solver_pp": dpm_solver_pp, "clipped": clipped,
-    "progressive": progressive, "hramchenko": hramchenko, "clockwork": clockwork,
+    "progressive": progressive, "hramchenko": hramchenko, "flash": flash, "clockwork": clockwork,
     "clockwork_adaptor": clockwork_adaptor, "encoder_propagation": encoder_propagation,
     "early_exit": early_exit, "early_exit_paper": early_exit_paper,
 }

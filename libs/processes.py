@@ -37,6 +37,10 @@ class Processes:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Likewise, their mean."""
+        return self.sum(tensor) / self.count if self.count > 1 else tensor
+
     def agree(self, value: int) -> int:
         """The largest of the processes' values, on every process; none waits for its device."""
         if self.count == 1:

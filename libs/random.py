@@ -28,6 +28,13 @@ class Stream(IntEnum):
     ENCODE = 7  # sampling of an autoencoder's latents
     TRAIN_GUIDANCE = 8  # scale of a guided teacher
     TRAIN_CAPTION = 9  # which of an image's captions
+    FLASH_START = 10  # Flash Diffusion: the step of the teacher's grid at which the student stands
+    FLASH_DMD_NOISE = 11
+    FLASH_DMD_TIME = 12
+    FLASH_ADV_NOISE = 13  # on the student's image before the discriminator sees it; FLASH_REAL_NOISE: on the real one
+    FLASH_ADV_TIME = 14
+    FLASH_START_NOISE = 15
+    FLASH_REAL_NOISE = 16
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from .attention import sdpa_attention
+from .recompute import checkpoint
 
 NEAR_ZERO = 1e-5  # gain of the layers that close a residual branch, where 0 would leave no gradient before them
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..heads import UEMHeads
 from .attention import choose_attention, sdpa_attention
+from .recompute import checkpoint
 
 TOGETHER = 4  # layers whose heads run in one batch
 GUIDANCE_UNIT = 10.0  # sinusoids see 10 w: a change of w by a tenth shows, one by a thousandth hardly

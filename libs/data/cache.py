@@ -38,7 +38,7 @@ def cached_array(stored: Path | None, shape: tuple[int, ...], dtype: DTypeLike,
             array[done:done + len(part)] = part
             done += len(part)
         return array
-    with _alone_in(stored.parent) as alone:
+    with alone_in(stored.parent) as alone:
         # Copy-on-write pages: processes on one machine share them. The errors: missing or damaged, so it is made.
         with contextlib.suppress(OSError, ValueError):
             return np.load(stored, mmap_mode="c")
@@ -68,7 +68,7 @@ def is_usable(stored: Path, shape: tuple[int, ...], dtype: DTypeLike) -> bool:
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[bool]:
+def alone_in(folder: Path) -> Iterator[bool]:
     """Let in one process at a time; yields False where the file system knows no locks."""
     if fcntl is None:
         yield False

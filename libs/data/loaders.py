@@ -16,6 +16,11 @@ from .image_files import Folder
 from .lmdb_images import read_lmdb
 from .pictures import Pictures
 from .raw import celeba, coco, imagenet
+from .shard_cache import ShardCache, default_folder
+from .shard_files import FolderShard, TarShard
+from .shard_filters import at_least, present, read_maps
+from .shard_urls import list_shards
+from .shards import ShardData, open_shards
 from .torch_dataset import read_dataset
 
 # The order of CIFAR-10's own labels 0 to 9.
@@ -35,6 +40,13 @@ class DataRequest:
     cache: bool
     workers: int
     factory: str
+    keys: str
+    caption_key: str
+    score_key: str
+    min_score: float
+    maps: str
+    shard_cache: str
+    shard_cache_gb: float
 
 
 def load_data(
@@ -48,9 +60,17 @@ def load_data(
     cache: bool = True,
     workers: int = 0,
     factory: str = "",
-) -> ImageData | FeatureData:
+    keys: str = "",
+    caption_key: str = "caption",
+    score_key: str = "aesthetic_score",
+    min_score: float = 0.0,
+    maps: str = "",
+    shard_cache: str = "",
+    shard_cache_gb: float = 50.0,
+) -> ImageData | FeatureData | ShardData:
     """Read a data set into host memory, as uint8 images (n, image_size, image_size, channels), or the latents that
-    stand in their place (name="features").
+    stand in their place (name="features"); or index one whose images, with captions, are decoded when they are asked
+    for (name="webdataset", "captioned_folder").
 
     name: one of READERS.
     path: folder of the data; `digits` and `factory` need none.
@@ -59,8 +79,15 @@ def load_data(
         labels. The other data sets bring their own.
     download: lets torchvision fetch CIFAR-10 into `path`.
     cache: keep decoded images in one hidden file beside the files they come from, for the next time.
-    workers: processes that read image files; 0 chooses by the number of cores.
+    workers: processes that read image files, or threads that decode shards; 0 chooses by the number of cores.
     factory: for name="factory" only: "path/to/module.py:function", whose function returns a torch data set.
+
+    For name="webdataset", whose `path` holds addresses as in shard_urls.py, and "captioned_folder":
+    keys: extensions of files that each sample has to have, as in "json edge.png".
+    caption_key: field of a sample's JSON that holds its caption.
+    score_key, min_score: only samples whose JSON has `min_score` or more in this field; 0 takes all.
+    maps: what is done with each sample before its image is cut and resized, as in shard_filters.py.
+    shard_cache, shard_cache_gb: folder of fetched shards (default: in ~/.cache) and how much stays in it.
     Raises UserError, naming the field, for everything that a user can get wrong.
     """
     reader = choose("data.name", name, READERS)
@@ -69,7 +96,8 @@ def load_data(
     choose("data.labels", labels, ["none", "folders"])
     if image_size < 1:
         raise UserError(f"data.image_size={image_size} must be at least 1")
-    data = reader(DataRequest(str(path), image_size, channels, split, labels, download, cache, workers, factory))
+    data = reader(DataRequest(str(path), image_size, channels, split, labels, download, cache, workers, factory,
+                              keys, caption_key, score_key, min_score, maps, shard_cache, shard_cache_gb))
     return data.read(image_size, channels, workers, cache) if isinstance(data, Pictures) else data
 
 
@@ -155,9 +183,38 @@ def read_feature_files(request: DataRequest) -> FeatureData:
     return read_features(_existing_folder(request), request.split, request.cache)
 
 
+def read_webdataset(request: DataRequest) -> ShardData:
+    """Tar files of images with captions, local or fetched, in random access; see shards.py."""
+    cache = _shard_cache(request)
+    return _open_shards(request, [TarShard(address, cache) for address in list_shards(request.path)])
+
+
+def read_captioned_folder(request: DataRequest) -> ShardData:
+    """A folder of images with their captions beside them, `a.png` with `a.txt` or `a.json`, as one shard."""
+    return _open_shards(request, [FolderShard(_existing_folder(request), _shard_cache(request))])
+
+
 READERS = {"digits": read_digits, "cifar10": read_cifar10, "celeba": read_celeba, "imagenet": read_imagenet,
            "coco": read_coco, "folder": read_image_folder, "lmdb": read_image_database, "factory": read_factory,
-           "features": read_feature_files}
+           "features": read_feature_files, "webdataset": read_webdataset, "captioned_folder": read_captioned_folder}
+
+
+def _shard_cache(request: DataRequest) -> ShardCache:
+    if request.shard_cache_gb < 0:
+        raise UserError(f"data.shard_cache_gb={request.shard_cache_gb} must be at least 0")
+    folder = Path(request.shard_cache).expanduser() if request.shard_cache else default_folder()
+    return ShardCache(folder, request.shard_cache_gb * 1e9)
+
+
+def _open_shards(request: DataRequest, shards: list[TarShard] | list[FolderShard]) -> ShardData:
+    """The samples with a score that is high enough. All of a data set's samples are its one split."""
+    _one_split("a data set with captions", request)
+    filters = [present(*request.keys.split())]
+    if request.min_score:
+        filters.append(at_least(request.score_key, request.min_score))
+    field = f"data.path={request.path!r}" + f" (data.min_score={request.min_score:g})" * bool(request.min_score)
+    return open_shards(shards, request.image_size, request.channels, filters, read_maps(request.maps),
+                       request.caption_key, request.workers, request.cache, field)
 
 
 def _one_split(name: str, request: DataRequest) -> None:

@@ -164,7 +164,7 @@ class AdaptorTraining:
 
     def _update(self) -> None:
         """One optimizer update on one global batch, of which every process takes its share."""
-        step, section, count = self.step, self.train_section, self.processes.count
+        step, section = self.step, self.train_section
         rate = learning_rate(step, section.steps, section.lr, section.warmup, section.decay_from)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -176,9 +176,8 @@ class AdaptorTraining:
             total = total + learned.detach()
             self.sums += torch.stack([learned.detach(), identity])
             self.elements += elements
-        if count > 1:
-            for each in self.parameters:
-                each.grad = self.processes.sum(each.grad) / count
+        for each in self.parameters:
+            each.grad = self.processes.mean(each.grad)
         self.step = step = step + 1
         if section.clip_norm:
             nn.utils.clip_grad_norm_(self.parameters, section.clip_norm)

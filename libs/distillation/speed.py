@@ -10,10 +10,12 @@ is that of the whole to the sum of its passes, the median over rounds.
 import json
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
 from absl import flags as absl_flags
+from torch import nn
 
 from .. import cli
 from ..benchmark import synchronize
@@ -47,13 +49,8 @@ def measure(config, checkpoint: str | None, steps: int, batch_size: int, repeats
     net = net.to(device).train()
     student = make_denoiser(torch.compile(net) if config.compute.compile else net, description, precision, device)
     del held_net
-    image, classes = description["image"], description["cond"]["num_classes"]
-    positions = torch.arange(batch_size)
-    shape = (image["channels"], image["size"], image["size"])
-    x_0 = normal(positions.to(device), 0, shape, Stream.START).clamp(-1, 1)
-    cond = {"y": (positions % classes).to(device)} if classes else None
-    batch = Batch(x_0, cond, positions, config.seed, 0)
-    t = halving.ts[2 * (positions % steps) + 2]
+    batch = random_batch(description, batch_size, config.seed, 0, device)
+    x_0, cond, t = batch.x_0, batch.cond, halving.ts[2 * (batch.positions % steps) + 2]
 
     def teacher():
         with torch.no_grad():
@@ -65,21 +62,37 @@ def measure(config, checkpoint: str | None, steps: int, batch_size: int, repeats
     def update():
         halving(student, batch).sum().backward()
 
-    seconds = {each.__name__: [] for each in (teacher, learn, update)}
+    seconds = in_turns((teacher, learn, update), net, repeats, device)
+    rows = zip(*seconds.values(), strict=True)
+    return {"teacher_forward": median(seconds["teacher"]), "student_forward_backward": median(seconds["learn"]),
+            "update": median(seconds["update"]), "ratio": median(c / (2 * a + b) for a, b, c in rows),
+            "batch_size": batch_size, "steps": steps, "precision": precision, "compile": config.compute.compile,
+            "repeats": repeats, "machine": machine(device)}
+
+
+def in_turns(passes: Sequence[Callable[[], None]], net: nn.Module, repeats: int,
+             device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each pass by its name, in `repeats` rounds after some to warm up. net: whose gradients are let go."""
+    seconds = {each.__name__: [] for each in passes}
     for _ in range(WARM_UP + repeats):
-        for each in (teacher, learn, update):
+        for each in passes:
             net.zero_grad(set_to_none=True)
             synchronize(device)
             start = time.perf_counter()
             each()
             synchronize(device)
             seconds[each.__name__].append(time.perf_counter() - start)
-    seconds = {name: times[WARM_UP:] for name, times in seconds.items()}
-    rows = zip(*seconds.values(), strict=True)
-    return {"teacher_forward": median(seconds["teacher"]), "student_forward_backward": median(seconds["learn"]),
-            "update": median(seconds["update"]), "ratio": median(c / (2 * a + b) for a, b, c in rows),
-            "batch_size": batch_size, "steps": steps, "precision": precision, "compile": config.compute.compile,
-            "repeats": repeats, "machine": machine(device)}
+    return {name: times[WARM_UP:] for name, times in seconds.items()}
+
+
+def random_batch(description: Mapping, batch_size: int, seed: int, step: int, device: torch.device) -> Batch:
+    """A batch as the training loop would give it, of noise in place of images."""
+    image, classes = description["image"], description["cond"]["num_classes"]
+    positions = torch.arange(batch_size)
+    shape = (image["channels"], image["size"], image["size"])
+    x_0 = normal(positions.to(device), 0, shape, Stream.START).clamp(-1, 1)
+    cond = {"y": (positions % classes).to(device)} if classes else None
+    return Batch(x_0, cond, positions, seed, step)
 
 
 def speed(config, flags) -> int:

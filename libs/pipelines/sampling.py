@@ -6,6 +6,7 @@ always makes `rows` images, the last group padded.
 """
 
 import contextlib
+import inspect
 import json
 import math
 import time
@@ -40,6 +41,14 @@ FAMILIES = {
     "sd15": diffusers.StableDiffusionPipeline,
     "sdxl": diffusers.StableDiffusionXLPipeline,
     "controlnet": diffusers.StableDiffusionControlNetPipeline,
+    "sdxl_adapter": diffusers.StableDiffusionXLAdapterPipeline,
+    "pixart": diffusers.PixArtAlphaPipeline,
+    "sd3": diffusers.StableDiffusion3Pipeline,
+}
+CHECKED = ("sd15", "controlnet")  # families that come with a safety checker, which is left out
+CONTROLS = {  # field of the section that names a network steered by images -> (its class, the call's factor)
+    "controlnet": (diffusers.ControlNetModel, "controlnet_conditioning_scale"),
+    "adapter": (diffusers.T2IAdapter, "adapter_conditioning_scale"),
 }
 SCHEDULERS = {  # name -> (class, its options); None leaves the pipeline's own
     "own": None,
@@ -52,6 +61,7 @@ SCHEDULERS = {  # name -> (class, its options); None leaves the pipeline's own
     "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
     "heun": (diffusers.HeunDiscreteScheduler, {}),
     "lcm": (diffusers.LCMScheduler, {}),
+    "flow_lcm": (diffusers.FlowMatchLCMScheduler, {}),
     "pndm": (diffusers.PNDMScheduler, {}),
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
 }
@@ -62,11 +72,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class PipelineSampler:
     """A diffusers pipeline as a source of images, made from the sections `pipeline`, `policy` and `compute`.
 
-    control: an image, or a folder of images, for a ControlNet: seed i is steered by image i modulo their number.
+    control: an image, or a folder of images, for a ControlNet or a T2I-Adapter: seed i is steered by image i modulo
+        their number.
     Raises UserError, naming the field, for a model that is not there and for settings that do not exist.
 
-    rows         images in one call of the pipeline (twice as many in its UNet under guidance)
-    nfe          steps of the scheduler's loop, each one call of the UNet
+    rows         images in one call of the pipeline (twice as many in its network under guidance)
+    nfe          steps of the scheduler's loop, each one call of the network
     fingerprint  what decides the image of a seed, to its last bit on one machine
     """
 
@@ -78,7 +89,8 @@ class PipelineSampler:
         _check(section, compute)
         self.section, self.policy, self.compute = section, config.policy, compute
         self.prompts, self.device, self.rows = prompts, device, compute.rows
-        self.control = _control_files(control, "controlnet" in section)
+        self.steered_by = next((field for field in CONTROLS if field in section), None)
+        self.control = _control_files(control, self.steered_by is not None)
         self.cfg_scale = section.guidance
         self.spec = make_spec(config.policy)
         dtype = choose("compute.precision", compute.precision, DTYPES)
@@ -86,11 +98,11 @@ class PipelineSampler:
         with quiet(diffusers_logging, transformers_logging):
             self.pipe.to(device, dtype)
         if compute.compile:
-            self.pipe.unet.compile()
+            (getattr(self.pipe, "unet", None) or self.pipe.transformer).compile()
         self.pipe.scheduler.set_timesteps(section.steps)
         self.nfe = len(self.pipe.scheduler.timesteps)
         self.handle = self._apply()
-        held = {"pipeline": {name: value for name, value in section.items() if name not in ("path", "controlnet")},
+        held = {"pipeline": {name: value for name, value in section.items() if name not in ("path", *CONTROLS)},
                 "models": {name: model_id(folder) for name, folder in models.items()},
                 "policy": config.policy.to_dict(), "prompts_sha256": prompts_id(prompts),
                 "control_sha256": file_sha256(control) if control else None,
@@ -126,10 +138,12 @@ class PipelineSampler:
                    "width": section.width or None}
         if section.negative_prompt:  # SDXL's own default for none is not the empty prompt
             options["negative_prompt"] = [section.negative_prompt] * self.rows
+        if section.name == "pixart":
+            options["clean_caption"] = False  # else what is drawn would depend on which packages are installed
         if self.control:
             files = [self.control[seed % len(self.control)] for seed in padded]
             options |= {"image": [_read_image(file) for file in files],
-                        "controlnet_conditioning_scale": section.control_scale}
+                        CONTROLS[self.steered_by][1]: section.control_scale}
         generators = [torch.Generator().manual_seed(seed) for seed in padded]
         images = self.pipe(**options, generator=generators, output_type="pt").images[:count]  # b 3 h w in 0 ... 1
         levels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
@@ -149,17 +163,20 @@ def load_pipeline(section: Mapping):
     family = choose("pipeline.name", section["name"], FAMILIES)
     scheduler = choose("pipeline.scheduler", section["scheduler"], SCHEDULERS)
     held: dict[str, Any] = {"use_safetensors": True, "variant": section["variant"] or None}
-    parts = {} if section["name"] == "sdxl" else {"safety_checker": None, "requires_safety_checker": False}
+    parts = {"safety_checker": None, "requires_safety_checker": False} if section["name"] in CHECKED else {}
     with quiet(diffusers_logging, transformers_logging):
         folders = {"pipeline": find_model(section["path"], "pipeline.path",
                                           lambda name: family.download(name, **held, **parts))}
-        if "controlnet" in section:
-            folders["controlnet"] = find_model(section["controlnet"], "pipeline.controlnet")
-            parts["controlnet"] = _load(diffusers.ControlNetModel, folders["controlnet"], section["controlnet"],
-                                        "pipeline.controlnet", use_safetensors=True)
+        _refuse_class(family, folders["pipeline"], section["path"])
+        for field in CONTROLS:
+            if field in section:
+                folders[field] = find_model(section[field], f"pipeline.{field}")
+                parts[field] = _load(CONTROLS[field][0], folders[field], section[field], f"pipeline.{field}",
+                                     use_safetensors=True)
         pipe = _load(family, folders["pipeline"], section["path"], "pipeline.path", **held, **parts)
         if scheduler is not None:
             kind, options = scheduler
+            _refuse_scheduler(section["scheduler"], kind, pipe.scheduler)
             pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe, folders
@@ -230,11 +247,33 @@ def _check(section: Mapping, compute: Mapping) -> None:
         raise UserError(f"pipeline.steps={section['steps']} must be at least 1")
     if compute["rows"] < 1:
         raise UserError(f"compute.rows={compute['rows']} must be at least 1")
+    factor = 16 if section["name"] == "sd3" else 8  # pixels a latent, or a patch of them
     for side in ("height", "width"):
-        if section[side] < 0 or section[side] % 8:
-            raise UserError(f"pipeline.{side}={section[side]} must be a multiple of 8, or 0 for the model's own")
+        if section[side] < 0 or section[side] % factor:
+            raise UserError(f"pipeline.{side}={section[side]} must be a multiple of {factor}, or 0 for the model's own")
     if bool(section["height"]) != bool(section["width"]):  # diffusers would take its own for both
         raise UserError(f"pipeline.height={section['height']}, pipeline.width={section['width']}: give both or none")
+
+
+def _refuse_class(family: type, folder: Path, name: str) -> None:
+    """Name the classes that there are, where the folder holds a pipeline with parts that `family` does not know."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        held, parts = index["_class_name"], {key for key, each in index.items() if isinstance(each, list) and any(each)}
+    except (OSError, ValueError, KeyError, AttributeError):
+        return  # no pipeline at all, which loading tells
+    if not parts <= inspect.signature(family).parameters.keys():
+        raise UserError(f"pipeline.path={name!r} holds a {held}, not a {family.__name__}; the field pipeline.name "
+                        f"chooses from {', '.join(f'{key} ({each.__name__})' for key, each in FAMILIES.items())}")
+
+
+def _refuse_scheduler(name: str, kind: type, own: Any) -> None:
+    """A scheduler of betas would silently take its own for a model that matches flows, and the other way round."""
+    flow = type(own).__name__.startswith("FlowMatch")
+    if kind.__name__.startswith("FlowMatch") != flow:
+        fitting = [key for key, each in SCHEDULERS.items() if each is None or (key == "flow_lcm") == flow]
+        raise UserError(f"pipeline.scheduler={name!r} does not fit the model's {type(own).__name__}; choose from "
+                        f"{', '.join(fitting)}")
 
 
 def _load(kind, folder: Path, name: str, field: str, **options):
@@ -248,8 +287,8 @@ def _load(kind, folder: Path, name: str, field: str, **options):
 def _control_files(path: str | None, wanted: bool) -> list[Path]:
     """The image file `path`, or those of a folder in the order of their names."""
     if (path is not None) != wanted:
-        raise UserError(f"--control_image={path}: a ControlNet needs an image or a folder of them, other pipelines "
-                        "take none")
+        raise UserError(f"--control_image={path}: a ControlNet needs an image or a folder of them, and so does a "
+                        "T2I-Adapter; other pipelines take none")
     if path is None:
         return []
     if Path(path).is_file():

@@ -8,6 +8,8 @@ from ..methods import METHODS, apply_methods
 # Of a chain of our own links: a pipeline brings them along. The methods that fill them do not apply to it.
 CHAIN_SECTIONS = ("checkpoint", "backbone", "schedule", "denoiser", "cond", "codec", "data", "sampler")
 PIPELINE_METHODS = ("full", "clockwork", "encoder_propagation", "clockwork_adaptor")
+TRANSFORMER_METHODS = ("full",)  # feature reuse needs the skips of a UNet
+TRANSFORMERS = ("pixart", "sd3")
 
 
 def pipeline_config(methods: str, name: str, path: str, **options) -> ConfigDict:
@@ -34,5 +36,6 @@ def pipeline_config(methods: str, name: str, path: str, **options) -> ConfigDict
         **options,
     }
     config.eval.metrics = ("fid", "clip_score")
-    apply_methods(config, methods, {name: method for name, method in METHODS.items() if name in PIPELINE_METHODS})
+    known = TRANSFORMER_METHODS if name in TRANSFORMERS else PIPELINE_METHODS
+    apply_methods(config, methods, {method: METHODS[method] for method in known})
     return config

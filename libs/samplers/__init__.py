@@ -22,6 +22,7 @@ from .ddim import clipped, ddim, ddpm
 from .dpm_solver import dpm_solver, singlestep_orders
 from .dpm_solver_pp import dpm_solver_pp_multistep, dpm_solver_pp_singlestep
 from .euler import euler_ode, euler_sde
+from .lcm import lcm
 
 SAMPLERS = {
     "ddim": ddim,
@@ -32,6 +33,7 @@ SAMPLERS = {
     "dpm_solver": dpm_solver,
     "dpm_solver_pp_singlestep": dpm_solver_pp_singlestep,
     "dpm_solver_pp": dpm_solver_pp_multistep,
+    "lcm": lcm,
 }
 SINGLESTEP = ("dpm_solver", "dpm_solver_pp_singlestep")  # their grid follows their orders
 OPTIONS = {  # of the config's sampler section: which sampler takes which

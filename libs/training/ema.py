@@ -9,11 +9,14 @@ from torch import nn
 class EMA:
     """A copy of `net` in float32 and in eval mode, whose weights follow those of `net`.
 
-    decay: weight of the past at each update; 0 copies the network.
+    decay: weight of the past at each update; 0 is no average: `net` itself, and no copy.
     """
 
     def __init__(self, net: nn.Module, decay: float):
         self.decay = decay
+        if not decay:
+            self.net = net
+            return
         self.net = copy.deepcopy(net).float().eval().requires_grad_(False)
         held, followed = self.net.state_dict(), net.state_dict()  # tensors that share memory with the networks'
         floats = [name for name, tensor in held.items() if tensor.is_floating_point()]
@@ -23,6 +26,8 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """average = decay * average + (1 - decay) * weights, in a few fused kernels."""
+        if not self.decay:
+            return
         torch._foreach_lerp_(self._average, self._source, 1 - self.decay)
         for average, source in self._other:  # counters
             average.copy_(source)

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from absl import logging
 from ml_collections import ConfigDict
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..build import make_chain, make_denoiser, prepare_backbone
-from ..checkpoint import load_weights
+from ..checkpoint import learned_state, load_learned
 from ..contexts import DataContexts
 from ..data import ImageData
 from ..errors import UserError
 from .batches import Batches
 from .ema import EMA
-from .objective import Objective
-from .optimizer import learning_rate, load_optimizer_state, make_optimizer
+from .objective import Objective, beside
+from .optimizer import learning_rate, load_optimizer_state, make_optimizer, parameter_groups
 from .quality import Quality, is_better
 from .report import Report
 from .run import NEVER, Run, refuse_failure
@@ -45,6 +45,7 @@ class Trainer:
     run          the folder, its checkpoints and the processes
     net          a backbone in float32; it moves to the processes' device
     description  what the checkpoints say of themselves (`build.describe`)
+    objective    with what learns beside the network, and with the terms that it tells of, see `objective.py`
     precision    fp32, bf16 or fp16, of the network's passes
     """
 
@@ -64,21 +65,26 @@ class Trainer:
         called = torch.compile(called) if config.compute.compile else called
         self.denoiser = make_denoiser(called, description, precision, device)
         self.parameters = [each for each in self.net.parameters() if each.requires_grad]
+        self.beside = beside(objective).to(device)
         self.optimizer = make_optimizer(self.net, self.section, device)
+        for group in parameter_groups(self.beside, self.section.weight_decay):
+            self.optimizer.add_param_group(group | {"factor": getattr(objective, "lr_factor", 1.0)})
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.chain = make_chain(with_precision(config, precision), self.ema.net, description, device)
         self.quality = Quality(config, self.chain, self.processes) if self.section.eval_every else None
         self.step, self.seconds, self.best, self.images = 0, 0.0, None, None
         self.failed_step = torch.tensor(NEVER, device=device)  # of this process
         self.loss_sum = torch.zeros((), dtype=torch.float32, device=device)  # over its images since the last log
+        self.terms: dict[str, Tensor] = {}  # likewise, of each term that the objective tells of
         self.grad_norm = torch.zeros((), device=device)
 
     def restore(self, saved: Saved | None) -> None:
         """Go on from a checkpoint; None starts at step 0."""
         if saved is None:
             return
-        load_weights(self.net, saved.weights, "the run's checkpoint")
-        load_weights(self.ema.net, saved.ema, "the run's checkpoint")
+        load_learned(self.net, saved.weights, "the run's checkpoint")
+        load_learned(self.ema.net, saved.ema, "the run's checkpoint")
+        self.beside.load_state_dict(saved.state.get("beside", {}))
         load_optimizer_state(self.optimizer, saved.state["optimizer"])
         if saved.state["scaler"]:  # empty where the precision was not fp16
             self.scaler.load_state_dict(saved.state["scaler"])
@@ -125,7 +131,7 @@ class Trainer:
         torch.manual_seed(seed % 2**63)  # for dropout; all else is drawn from positions
         rate = learning_rate(step, section.steps, section.lr, section.warmup, section.decay_from)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros_like(self.loss_sum)
         for part, batch in enumerate(self.batches.parts(step), start=1):
@@ -133,6 +139,10 @@ class Trainer:
                 loss = self.objective(self.denoiser, batch).sum()
                 self.scaler.scale(loss / self.batches.share).backward()
             total += loss.detach()
+            self._note_terms()
+        for each in self.beside.parameters():  # the network's are averaged by DistributedDataParallel
+            if each.grad is not None:
+                each.grad = self.processes.mean(each.grad)
         self.step = step = step + 1
         self.scaler.unscale_(self.optimizer)
         if section.clip_norm:
@@ -145,6 +155,10 @@ class Trainer:
         self.ema.update()
         self.loss_sum += total
         self.failed_step = torch.where(total.isfinite(), self.failed_step, self.failed_step.clamp(max=step))
+
+    def _note_terms(self) -> None:
+        for name, value in getattr(self.objective, "terms", {}).items():
+            self.terms[name] = self.terms.get(name, 0.0) + value
 
     def _at_intervals(self, stop: int) -> None:
         last = self.step == self.section.steps
@@ -165,16 +179,21 @@ class Trainer:
     def _log(self) -> None:
         self._refuse_failure()
         steps, now = self.step - self.logged_at, time.perf_counter()
-        loss = float(self.processes.sum(self.loss_sum)) / (steps * self.section.batch_size)
+        images = steps * self.section.batch_size
+        loss = float(self.processes.sum(self.loss_sum)) / images
+        terms = {name: float(self.processes.sum(each)) / images for name, each in sorted(self.terms.items())}
         self.loss_sum.zero_()
-        rate = steps * self.section.batch_size / (now - self.window)
+        self.terms.clear()
+        rate = images / (now - self.window)
         self.logged_at, self.window = self.step, now
         if not self.processes.is_main:
             return
         lr, norm = self.optimizer.param_groups[0]["lr"], float(self.grad_norm)
-        self.report.scalars(self.step, {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": rate,
-                                        "seconds": self._seconds()})
-        logging.info("step %d  loss %.4f  lr %.2e  %.0f images/s  gradient norm %.3f", self.step, loss, lr, rate, norm)
+        self.report.scalars(self.step, {"loss": loss, **terms, "lr": lr, "grad_norm": norm,
+                                        "images_per_second": rate, "seconds": self._seconds()})
+        told = "".join(f"{name} {value:.4f}  " for name, value in terms.items())
+        logging.info("step %d  loss %.4f  %slr %.2e  %.0f images/s  gradient norm %.3f", self.step, loss, told, lr,
+                     rate, norm)
 
     def _measure(self) -> None:
         with self._aside():
@@ -187,7 +206,7 @@ class Trainer:
             logging.info("step %d  EMA, %d images: %s", self.step, self.section.eval_images, told)
             if is_better(values, self.best):
                 self.best = next(iter(values.values()))
-                self.run.checkpoints.save_best(self.ema.net.state_dict(), self._described() | {"quality": values})
+                self.run.checkpoints.save_best(learned_state(self.ema.net), self._described() | {"quality": values})
 
     def _preview(self) -> None:
         if self.processes.is_main:
@@ -199,8 +218,9 @@ class Trainer:
             self._refuse_failure()
             if self.processes.is_main:
                 state = {"optimizer": self.optimizer.state_dict()["state"], "scaler": self.scaler.state_dict(),
-                         "seconds": self._seconds(), "best": self.best, "images": self.images}
-                self.run.checkpoints.save(self.step, self.net.state_dict(), self.ema.net.state_dict(),
+                         "seconds": self._seconds(), "best": self.best, "images": self.images,
+                         "beside": self.beside.state_dict()}
+                self.run.checkpoints.save(self.step, learned_state(self.net), learned_state(self.ema.net),
                                           self._described(), state)
 
     def _described(self) -> dict[str, Any]:
@@ -220,9 +240,11 @@ class Trainer:
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
-        """What is done inside does not count in images/s."""
+        """What is done inside does not count in images/s, and may use the network as it samples."""
         before = time.perf_counter()
+        self.net.eval()
         yield
+        self.net.train()
         self.window += time.perf_counter() - before
 
     def _seconds(self) -> float:

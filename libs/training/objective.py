@@ -1,9 +1,16 @@
-"""What a step minimizes: `objective(denoiser, batch) -> (b,)`, one loss an image."""
+"""What a step minimizes: `objective(denoiser, batch) -> (b,)`, one loss an image.
+
+An objective may have attributes too:
+
+    modules    an nn.Module that learns beside the network, such as a discriminator, from the same loss
+    lr_factor  of its learning rate, to the network's
+    terms      {name: sum over the rows of the last call}, detached on the device, for the log
+"""
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from .batches import Batch
@@ -20,3 +27,9 @@ def training_times(denoiser: Denoiser, batch: Batch) -> Tensor:
 def diffusion_loss(denoiser: Denoiser, batch: Batch) -> Tensor:
     """Mean squared error of the network's own output (2006.11239, equation 14, for any prediction): (b,)."""
     return denoiser.loss(batch.x_0, batch.noise(), training_times(denoiser, batch), batch.cond)
+
+
+def beside(objective: Objective) -> nn.Module:
+    """What learns beside the network; an empty module for most objectives."""
+    modules = getattr(objective, "modules", None)
+    return nn.ModuleDict() if modules is None else modules

@@ -1,0 +1,117 @@
+"""Filters and maps of the samples of shards: plain functions, to which a user's own may be added.
+
+A filter takes a `Sample` of the index, before anything is decoded, and returns why it is left out, or None. A map takes
+a sample as a dictionary and returns another: `image` (Pillow), `text` (its first caption), every field of its JSON, and
+every other file of it as bytes under its extension.
+
+    open_shards(shards, filters=[present("json"), at_least("aesthetic_score", 6)], maps=[crop(1024), canny()], ...)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import UserError, choose
+from .canny import canny as canny_edges
+from .raw import fit_coco
+from .shard_index import Sample
+
+Fields = dict[str, Any]
+Filter = Callable[[Sample], str | None]
+Map = Callable[[Fields], Fields]
+
+
+# ---- filters
+
+
+def present(*extensions: str) -> Filter:
+    """Keep samples that have files of all these extensions."""
+    def why(sample: Sample) -> str | None:
+        missing = [extension for extension in extensions if extension not in sample.members]
+        return f"no {missing[0]}" if missing else None
+
+    return why
+
+
+def at_least(name: str, lowest: float) -> Filter:
+    """Keep samples whose number `name` is `lowest` or more. One without that number is left out, and told apart."""
+    def why(sample: Sample) -> str | None:
+        if name not in sample.numbers:
+            return f"no {name}"
+        return f"{name} below {lowest:g}" if sample.numbers[name] < lowest else None
+
+    return why
+
+
+# ---- maps
+
+
+def select(*names: str) -> Map:
+    """Keep these fields alone, beside the key, the image and the text."""
+    kept = {"key", "image", "text", *names}
+    return lambda sample: {name: value for name, value in sample.items() if name in kept}
+
+
+def rename(old: str, new: str) -> Map:
+    """Give a field another name."""
+    return lambda sample: {new if name == old else name: value for name, value in sample.items()}
+
+
+def crop(size: int, name: str = "image") -> Map:
+    """Cut out the centre, size x size pixels; a side that is shorter stays as it is, without a border."""
+    def cut(sample: Fields) -> Fields:
+        image = _field(sample, name, "crop")
+        width, height = (min(size, side) for side in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return {**sample, name: image.crop((left, top, left + width, top + height))}
+
+    return cut
+
+
+def resize(size: int, name: str = "image") -> Map:
+    """The centre square at size x size pixels (Lanczos); small images are enlarged."""
+    return lambda sample: {**sample, name: fit_coco(_field(sample, name, "resize"), size, name)}
+
+
+def rescale(name: str = "image", to: str = "rescaled") -> Map:
+    """A float32 tensor (c, h, w) in [-1, 1]."""
+    def scaled(sample: Fields) -> Fields:
+        pixels = np.array(_field(sample, name, "rescale"))
+        return {**sample, to: torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1) / 127.5 - 1}
+
+    return scaled
+
+
+def canny(low: int = 100, high: int = 200, name: str = "image", to: str = "edges") -> Map:
+    """Canny's edges of an image, white on black."""
+    def edged(sample: Fields) -> Fields:
+        pixels = np.array(_field(sample, name, "canny"))
+        return {**sample, to: Image.fromarray(canny_edges(pixels.reshape(*pixels.shape[:2], -1), low, high)[..., 0])}
+
+    return edged
+
+
+MAPS = {"select": select, "rename": rename, "crop": crop, "resize": resize, "rescale": rescale, "canny": canny}
+
+
+def read_maps(text: str, field: str = "data.maps") -> list[Map]:
+    """Maps as a config writes them: "crop 1024; resize 512; canny 100 200". Raises UserError, naming `field`."""
+    maps = []
+    for part in filter(None, map(str.strip, text.split(";"))):
+        name, *words = part.split()
+        make = choose(field, name, MAPS)
+        try:
+            maps.append(make(*(int(word) if word.isdecimal() else word for word in words)))
+        except TypeError as error:
+            raise UserError(f"{field}: {part!r} has other arguments than {name} takes; see "
+                            "libs/data/shard_filters.py") from error
+    return maps
+
+
+def _field(sample: Fields, name: str, used_by: str) -> Image.Image:
+    if not isinstance(sample.get(name), Image.Image):
+        raise UserError(f"data.maps: {used_by} needs an image {name!r}; {sample['key']} has {', '.join(sample)}")
+    return sample[name]

@@ -1,0 +1,215 @@
+"""Training of Flash Diffusion's students (2406.02347) in the shared loop, with the objective of `flash`.
+
+A LoRA student needs one network: with its LoRA off it is the teacher, the real score and the discriminator's trunk,
+with it on the student and the fake score. A student that is trained whole has a frozen copy as its teacher.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from absl import logging
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+
+from ..build import MODEL_SECTIONS, adopt_sampler, load_model, make_denoiser, prepare_backbone
+from ..cli import choose_device, output_dir
+from ..codecs import make_codec
+from ..config import override
+from ..data.images import save_png
+from ..errors import UserError, choose
+from ..generate import Chain
+from ..heads.discriminator import make_discriminator
+from ..methods import clockwork, encoder_propagation
+from ..montage import montage
+from ..processes import Processes
+from ..samplers import make_sampler
+from ..schedule import make_schedule, time_grid
+from ..seeds import parse_labels
+from ..training import Run, Trainer, choose_precision, load_training_data, validate
+from ..training.setup import without_heads
+from .flash import Flash, student_sampler
+from .flash_rollout import cached
+from .flash_stages import Stage, read_stages
+from .progressive import grid_of
+from .student import hold, refuse_other_schedule
+from .teacher_features import TeacherFeatures, feature_shape
+
+SHOWN_STEPS = (1, 2, 4)  # of the student, in its pictures
+LORA = {"lora_rank": 0, "lora_alpha": 0, "student_steps": 1, "discriminator_width": 1}  # fields: their least values
+
+
+def check(config: ConfigDict, processes: int) -> list[Stage]:
+    """The stages; settings that make no training are refused before anything is loaded."""
+    section = config.distill
+    for field, least in LORA.items():
+        if section[field] < least:
+            raise UserError(f"--config.distill.{field}={section[field]} must be at least {least}")
+    if not section.discriminator_lr > 0:
+        raise UserError(f"--config.distill.discriminator_lr={section.discriminator_lr} must be positive")
+    if config.policy.name != "full":
+        raise UserError(f"policy.name={config.policy.name!r}: a student learns from the whole network; leave the "
+                        "policy out, and use it when the student samples")
+    validate(config, processes)
+    return read_stages(section)
+
+
+def null_condition(cond: Mapping[str, Any], empty: Tensor | None) -> Callable[[dict], dict] | None:
+    """What a network is guided against, as `null(cond) -> cond` of the same shapes; None where there is nothing.
+
+    cond: of the network's description. empty: (tokens, width) of the empty text, for a network of texts.
+    """
+    if cond["kind"] == "label" and cond["null_label"] >= 0:
+        return lambda held: {"y": torch.full_like(held["y"], cond["null_label"])}
+    if cond["kind"] == "text" and empty is not None:
+        return lambda held: {"context": empty.expand_as(held["context"])}
+    return None
+
+
+def student_description(config: ConfigDict, teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """What the student's checkpoints say: the teacher's sections, no guidance, and the sampler of a few steps."""
+    description = {name: copy.deepcopy(teacher[name]) for name in (*MODEL_SECTIONS, "image")}
+    description["cond"].update(drop=0.0)
+    sampler = student_sampler(config.distill.student_steps, make_schedule(**description["schedule"]))
+    kept = {name: config.sampler[name] for name in ("threshold", "threshold_value")}
+    description["sampler"] = {**sampler, **kept, "cfg_scale": 1.0}
+    description["distilled"] = {"method": "flash"}
+    return description
+
+
+def rollout_policy(text: str) -> dict[str, Any] | None:
+    """The `policy` section by which the teacher's roll-outs run; None for the whole network.
+
+    >>> rollout_policy("clockwork:3")["clock"]
+    3
+    """
+    name, _, value = text.partition(":")
+    method = choose("distill.teacher_policy", name, {"full": None, "clockwork": clockwork,
+                                                     "encoder_propagation": encoder_propagation})
+    if method is None:
+        return None
+    config = ConfigDict()
+    method(config)
+    if value:
+        override(config, "policy.clock" if name == "clockwork" else "policy.key_steps", value)
+    return config.policy.to_dict()
+
+
+class FlashSetup:
+    """Student, teacher and objective of a run, around the network `net` that they start from.
+
+    net, held   the teacher's network on the CPU, and its description; `net` itself becomes the student
+    start       what --checkpoint named, for a LoRA's description
+    empty       (tokens, width) of the empty text, or None
+    """
+
+    def __init__(self, config: ConfigDict, stages: list[Stage], net: nn.Module, held: Mapping[str, Any], start: str,
+                 precision: str, device: torch.device, empty: Tensor | None = None):
+        section = config.distill
+        torch.manual_seed(config.seed)  # of what is new: LoRA and discriminator
+        self.stages, self.solver = stages, section.teacher_solver
+        self.description = student_description(config, held)
+        self.student = net.requires_grad_(True)
+        if section.lora_rank:
+            called, frozen = self._add_lora(section, start, precision)
+        else:
+            called = frozen = hold(copy.deepcopy(net).requires_grad_(False).eval(), precision)
+            prepare_backbone(frozen, {**config.compute, "compile": False}, device)
+        self.teacher = make_denoiser(called, held, precision, device)
+        self.null = null_condition(held["cond"], empty)
+        features = discriminator = None
+        if any(stage.adversarial for stage in stages):
+            image, codec = held["image"], make_codec(held["codec"], device)
+            features = TeacherFeatures(self.teacher, frozen, section.discriminator_features)
+            shape = codec.latent_shape(image["size"], image["channels"])
+            discriminator = make_discriminator(section, *feature_shape(frozen, shape, section.discriminator_features))
+        policy = rollout_policy(section.teacher_policy)
+        self.objective = Flash(stages, self.teacher, self.null, features, discriminator, section,
+                               cached=policy and partial(cached, frozen, policy))
+        self.objective.lr_factor = section.discriminator_lr / config.train.lr
+        adopt_sampler(config, self.description)
+
+    def _add_lora(self, section: Mapping, start: str, precision: str) -> tuple[Callable, nn.Module]:
+        from ..lora import AdaptersOff, add_lora, fingerprint
+
+        targets = [name.strip() for name in section.lora_targets.split(",") if name.strip()]
+        alpha = section.lora_alpha or section.lora_rank
+        base = fingerprint(self.student)
+        hold(self.student, precision)
+        used = add_lora(self.student, section.lora_rank, alpha, targets)
+        self.description["lora"] = {"base": start, "base_fingerprint": base, "rank": section.lora_rank, "alpha": alpha,
+                                    "targets": used}
+        return AdaptersOff(self.student), self.student
+
+
+class FlashTrainer(Trainer):
+    """The shared loop; its pictures show the student at 1, 2 and 4 steps below its teacher."""
+
+    def __init__(self, config: ConfigDict, run: Run, setup: FlashSetup, precision: str):
+        super().__init__(config, run, setup.student, setup.description, setup.objective, precision)
+        self.setup = setup
+        self.taught: Tensor | None = None  # the teacher's images, which stay the same
+
+    def _preview(self) -> None:
+        if not self.processes.is_main:
+            return
+        with self._aside():
+            count = min(self.section.preview_images, self.chain.rows)
+            seeds = list(range(count))
+            labels = parse_labels(None, seeds, self.chain.num_classes)
+            if self.taught is None:
+                self.taught = images_of(self._teacher_chain(), seeds, labels)
+            rows = [(f"teacher, {self.setup.stages[-1].steps} steps", self.taught)]
+            for steps in SHOWN_STEPS:
+                rows.append((f"student, {steps} step{'s' * (steps > 1)}", images_of(few_steps(self.chain, steps),
+                                                                                    seeds, labels)))
+            picture = montage(rows)
+            save_png(self.run.workdir / "previews" / f"{self.step:08d}.png", picture)
+            self.report.board.add_image("preview", picture, self.step, dataformats="HWC")
+
+    def _teacher_chain(self) -> Chain:
+        """What the student learns to make of noise: the last stage's roll-out, guided by its range's mean."""
+        stage = self.setup.stages[-1]
+        chain = few_steps(self.chain, stage.steps)
+        return replace(chain, denoiser=self.setup.teacher, sampler=make_sampler(self.setup.solver, order=2),
+                       cfg_scale=sum(stage.guidance) / 2)
+
+
+def few_steps(chain: Chain, steps: int) -> Chain:
+    """The chain of a student at another number of steps."""
+    schedule = chain.denoiser.schedule
+    return replace(chain, ts=time_grid(grid_of(schedule), steps, schedule))
+
+
+def images_of(chain: Chain, seeds: list[int], labels: list[int] | None) -> Tensor:
+    """uint8 (n, h, w, c) in host memory."""
+    return torch.cat([images.cpu() for _, images in chain.images(seeds, labels)])
+
+
+def distil(config: ConfigDict, workdir: str, checkpoint: str | None, began: float) -> int:
+    """Train the student of `config.distill` in the folder `workdir`, or go on there. Returns the exit status.
+
+    checkpoint: the teacher, None for the config's own; began: see `Trainer.train`.
+    """
+    processes = Processes(choose_device(config.compute.device))
+    stages = check(config, processes.count)
+    precision = choose_precision(config)
+    start = str(checkpoint or config.checkpoint)
+    run = Run(output_dir(workdir, "workdir"), config, start, processes)
+    saved = run.resume()
+    if saved is not None and saved.step >= config.train.steps:
+        logging.info("%s is finished: %d steps; a larger --config.train.steps goes on", run.workdir, saved.step)
+        return 0
+    net, held = without_heads(*load_model(config, start))
+    refuse_other_schedule(config, held)
+    data = load_training_data(config.data, held, processes.device)
+    setup = FlashSetup(config, stages, net, held, start, precision, processes.device,
+                       getattr(data, "empty_context", None))
+    trainer = FlashTrainer(config, run, setup, precision)
+    trainer.restore(saved)
+    status = trainer.train(data, began)
+    processes.close()
+    return status

@@ -1,0 +1,212 @@
+"""LoRA (2106.09685) on any backbone, by peft: a layer gives W x + (alpha / rank) B A x, and W stays as it is.
+
+One network has two roles: with its LoRA on it is the student, with it off (`AdaptersOff`) the network it was before,
+bit for bit.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from .backbones.recompute import Switched, checkpoint
+from .checkpoint import has_lora
+from .errors import UserError
+from .files import reason
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_TRANSFORMER = (*_ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "proj", "linear", "linear_1",
+                "linear_2")
+LORA_TARGETS = {  # ends of layers' names, by the name of a class in the network's ancestry
+    "UNet2DConditionModel": _ATTENTION,
+    # Those without text have attention at few levels, or one: convolutions too.
+    "UNet2DModel": (*_ATTENTION, "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv"),
+    "DDPMUNet": ("attention.qkv", "attention.out", "conv1", "conv2", "skip", "resblocks.time.1"),
+    "UViT": ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "skip_linear"),
+    "PixArtTransformer2DModel": _TRANSFORMER,
+    "SD3Transformer2DModel": _TRANSFORMER,
+}
+TOLERANCE = 2e-2  # relative difference of two fingerprints' weights; rounding to fp16 or bf16 stays below
+
+
+def family_of(net: nn.Module) -> tuple[str, nn.Module, str]:
+    """(name in `net`, network, family) of the first network of a family in LORA_TARGETS, `net` itself or one that it
+    wraps; ("", net, "") where there is none.
+    """
+    for name, module in net.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in LORA_TARGETS:
+                return name, module, cls.__name__
+    return "", net, ""
+
+
+def add_lora(net: nn.Module, rank: int, alpha: float = 0, targets: Sequence[str] = ()) -> list[str]:
+    """Give `net` a LoRA that changes nothing before it is trained; only the LoRA takes gradients from now on.
+
+    alpha: the strength is alpha / rank; 0 is alpha = rank. targets: ends of the names of linear and convolution
+    layers; without any, those that LORA_TARGETS has for this family. Returns the targets. A and B are float32, whatever
+    the precision of `net` is; A is normal with deviation 1 / rank, from torch's global random state, and B is 0.
+    """
+    family = family_of(net)[2]
+    if has_lora(net):
+        raise UserError(f"lora_rank={rank}: this {type(net).__name__} has a LoRA already; merge it first")
+    if not targets and not family:
+        raise UserError(f"lora_targets: the layers of a {type(net).__name__} are not known, only those of "
+                        f"{', '.join(LORA_TARGETS)}; choose from {_ends(net)}")
+    for end in targets:
+        if not any(f".{name}".endswith(f".{end}") for name in _layers(net)):
+            raise UserError(f"lora_targets={end!r}: a {type(net).__name__} has no such linear or convolution layer; "
+                            f"choose from {_ends(net)}")
+    used = list(targets or LORA_TARGETS[family])
+    config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=used, init_lora_weights="gaussian")
+    try:
+        inject_adapter_in_model(config, net)
+    except ValueError as error:  # a name that also ends those of layers of another kind; a rank below 1
+        raise UserError(f"lora_rank={rank}, lora_targets={','.join(used)}: {reason(error)}") from error
+    for layer in _lora_layers(net):  # half precision would round an update away
+        nn.ModuleList([layer.lora_A, layer.lora_B]).float()
+    return used
+
+
+def attach_lora(net: nn.Module, tensors: Mapping[str, Tensor], alpha: float, source: str) -> None:
+    """Give `net` the LoRA `tensors`, named as `lora_state` names them: its layers, rank and values, for inference.
+
+    alpha: 0 is the rank. Raises UserError, and leaves `net` as it was, for a LoRA of another network.
+    """
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
+    if len(ranks) != 1:
+        raise UserError(f"{source}: a LoRA has one rank, this one has {sorted(ranks) or 'none'}")
+    rank, learned = ranks.pop(), [each for each in net.parameters() if each.requires_grad]
+    layers = sorted({name.rpartition(".lora_")[0] for name in tensors})
+    if unknown := sorted({*layers} - _layers(net).keys()):
+        raise UserError(f"{source} is a LoRA of another network: the {type(net).__name__} here has no layer "
+                        f"{unknown[0]}")
+    try:
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=layers), net,
+                                state_dict=dict(tensors))
+        for layer in _lora_layers(net):
+            nn.ModuleList([layer.lora_A, layer.lora_B]).requires_grad_(False)
+        load_lora(net, tensors, source)
+    except UserError:
+        remove_lora(net)
+        raise
+    finally:
+        for each in learned:  # peft freezes them, which is no business of inference
+            each.requires_grad_(True)
+
+
+def _layers(net: nn.Module) -> dict[str, nn.Module]:
+    """What a LoRA can be added to."""
+    return {name: module for name, module in net.named_modules() if name and isinstance(module, nn.Linear | nn.Conv2d)}
+
+
+def _ends(net: nn.Module) -> str:
+    """The last parts of the layers' names, numbers together with what they count."""
+    return ", ".join(sorted({re.search(r"[^.]+(\.\d+)*$", name)[0] for name in _layers(net)}))
+
+
+def _lora_layers(net: nn.Module) -> list[nn.Module]:
+    return [module for module in net.modules() if isinstance(module, LoraLayer)]
+
+
+class AdaptersOff:
+    """`net` with its LoRA off, called as `net` is: the network as it was before `add_lora`, bit for bit.
+
+    net   has its LoRA already; it is back on when a call ends, even by an exception
+    """
+
+    def __init__(self, net: nn.Module):
+        self.net = net
+        self.off = dict.fromkeys(_lora_layers(net), True)
+        if not self.off:
+            raise ValueError(f"this {type(net).__name__} has no LoRA")
+
+    def __call__(self, *args, **kwargs):
+        with Switched(self.off):
+            return self.net(*args, **kwargs)
+
+
+def lora_state(net: nn.Module) -> dict[str, Tensor]:
+    """{name: tensor} of the LoRA alone, such as `mid_block.conv1.lora_A.weight`; the tensors are those of `net`."""
+    return {re.sub(r"(\.lora_[AB])\.[^.]+\.", r"\1.", name): tensor for name, tensor in net.state_dict().items()
+            if ".lora_" in name}
+
+
+def lora_config(net: nn.Module) -> LoraConfig:
+    """peft's config (r, lora_alpha, target_modules) of the LoRA of `net`, whatever is wrapped around it."""
+    for module in net.modules():
+        if hasattr(module, "peft_config"):
+            return next(iter(module.peft_config.values()))
+    raise ValueError(f"this {type(net).__name__} has no LoRA")
+
+
+def load_lora(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """`lora_state` back into a network with a LoRA; strict, the first difference is named in one line."""
+    own = lora_state(net)
+    problems = [f"{name} is missing" for name in own if name not in tensors]
+    problems += [f"{name} is unknown" for name in tensors if name not in own]
+    problems += [f"{name} has shape {tuple(tensors[name].shape)}, the network wants {tuple(own[name].shape)}"
+                 for name in own if name in tensors and tensors[name].shape != own[name].shape]
+    if problems:
+        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+        raise UserError(f"{source} is a LoRA of another network, or of other layers or rank: {problems[0]}{more}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+@torch.no_grad()
+def merge_lora(net: nn.Module) -> nn.Module:
+    """W + (alpha / rank) B A in place of every W: `net` itself, a plain network again, and as fast as one."""
+    for layer in _lora_layers(net):
+        layer.merge()
+    return remove_lora(net)
+
+
+def remove_lora(net: nn.Module) -> nn.Module:
+    """`net` itself, without its LoRA."""
+    for name, layer in list(net.named_modules()):
+        if isinstance(layer, LoraLayer):
+            parent, _, own = name.rpartition(".")
+            setattr(net.get_submodule(parent), own, layer.get_base_layer())
+    vars(net).pop("peft_config", None)
+    return net
+
+
+def checkpointing(net: nn.Module) -> None:
+    """Recompute activations in the backward pass, each with the LoRA on or off as the forward pass had it."""
+    blocks = [module for module in net.modules() if hasattr(module, "use_checkpoint")]
+    models = [module for module in net.modules() if getattr(module, "_supports_gradient_checkpointing", False)]
+    if not blocks and not models:
+        raise UserError(f"gradient checkpointing: a {type(net).__name__} cannot; {', '.join(LORA_TARGETS)} can")
+    for block in blocks:
+        block.use_checkpoint = True
+    for model in models:
+        model.enable_gradient_checkpointing(checkpoint)
+
+
+def fingerprint(net: nn.Module | Mapping[str, Tensor]) -> str:
+    """What tells the weights of a network, or of its state dict, from others: SHA-256 of names and shapes, and the
+    middle element of every matrix in fp16. A LoRA does not count.
+    """
+    state = net.state_dict() if isinstance(net, nn.Module) else net
+    base = {name.replace(".base_layer.", "."): tensor for name, tensor in sorted(state.items()) if ".lora_" not in name}
+    shapes = json.dumps({name: list(tensor.shape) for name, tensor in base.items()}, sort_keys=True)
+    middle = [tensor.detach().flatten()[tensor.numel() // 2].float() for tensor in base.values() if tensor.dim() > 1]
+    values = torch.stack(middle).half().cpu().numpy().tobytes()
+    return f"{hashlib.sha256(shapes.encode()).hexdigest()[:16]}-{base64.b64encode(values).decode()}"
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same weights, as far as their precisions can tell."""
+    (shapes, a), (other_shapes, b) = (text.split("-", 1) for text in (one, other))
+    if shapes != other_shapes:
+        return False
+    a, b = (np.frombuffer(base64.b64decode(values), np.float16).astype(np.float64) for values in (a, b))
+    return float(np.linalg.norm(a - b)) <= TOLERANCE * float(np.linalg.norm(a))

@@ -1,0 +1,258 @@
+"""Few-step students as LoRA files of diffusers pipelines: written for everybody's tools, loaded in one call.
+
+    from libs.pipelines import load_student
+
+    student = load_student(pipe, "outputs/sd15_flash")  # or "jasperai/flash-sd": weights, scheduler, times, guidance
+    image = pipe("a photo of a cat").images[0]  # 4 steps, no guidance
+    student.disable()  # the pipeline as it was
+
+`merge_lora(pipe.unet)` (libs/lora.py) then makes it as fast as without a LoRA, for good.
+"""
+
+import functools
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchLCMScheduler, LCMScheduler
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..checkpoint import has_lora, read
+from ..errors import UserError
+from ..files import atomic_path, reason
+from ..hub import find_model
+from ..lora import attach_lora, family_of, fingerprint, lora_config, lora_state, remove_lora, same_weights
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights reads
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what peft's from_pretrained reads
+CARD = "student.json"
+NETWORKS = {"UNet2DConditionModel": "unet", "PixArtTransformer2DModel": "transformer",
+            "SD3Transformer2DModel": "transformer"}  # served, by class: its name in the pipeline
+MODES = (1.0, 0.75, 0.5, 0.25)  # t at which a student was trained whose files do not say it (2406.02347, section 4.2)
+PREFIXES = ("base_model.model.", "unet.", "transformer.")
+OLD_NAMES = (("processor.", ""), ("_lora.", ".lora."), (".to_out.lora.", ".to_out.0.lora."),
+             (".lora.down.", ".lora_A."), (".lora.up.", ".lora_B."))  # of diffusers before peft
+
+
+def save_student(folder: str | Path, net: nn.Module, timesteps: Sequence[float],
+                 tensors: Mapping[str, Tensor] | None = None, base: str = "", **told: Any) -> None:
+    """Write the LoRA of `net` so that `pipe.load_lora_weights(folder)` loads it into a pipeline with a UNet, and
+    `PeftModel.from_pretrained(network, folder)` into any other network; and `load_student` into either.
+
+    net         with `add_lora`'s LoRA; what wraps the network of a pipeline, or of our own, leaves no trace
+    timesteps   those that the student was trained at, falling, in the unit of diffusers' schedulers (0 to 999; for
+                flow matching 1000 t)
+    tensors     in place of `lora_state(net)`, such as their averages
+    base        hub id or folder of the model that was distilled
+    told        further fields of student.json
+    """
+    folder = Path(folder)
+    prefix, network, family = family_of(net)
+    config = lora_config(net)
+    inside = f"{prefix}." if prefix else ""
+    held = {name.removeprefix(inside): each.detach().cpu().contiguous()
+            for name, each in (lora_state(net) if tensors is None else tensors).items()}
+    targets = sorted(config.target_modules)
+    if family == "UNet2DConditionModel":
+        # The file has no place for alpha, and readers take the rank for it.
+        strength = config.lora_alpha / config.r
+        _write(folder / LORA_FILE, {f"unet.{name}": strength * each if ".lora_B." in name else each
+                                    for name, each in held.items()})
+    else:
+        _write(folder / ADAPTER_FILE, {f"base_model.model.{name}": each for name, each in held.items()})
+        _write(folder / ADAPTER_CONFIG, {
+            "peft_type": "LORA", "r": config.r, "lora_alpha": config.lora_alpha, "target_modules": targets,
+            "bias": "none", "inference_mode": True, "base_model_name_or_path": base})
+    _write(folder / CARD, {
+        "network": type(network).__name__, "base": base, "base_fingerprint": fingerprint(network), "rank": config.r,
+        "alpha": config.lora_alpha, "targets": targets, "timesteps": list(timesteps), "guidance_scale": 0.0, **told})
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        if path.suffix == ".json":
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+        else:
+            temporary.write_bytes(save(dict(content), {"format": "pt"}))
+
+
+def pick(trained: Sequence[float], steps: int) -> list[float]:
+    """`steps` of the trained timesteps, spread evenly from the first one on."""
+    if not 1 <= steps <= len(trained):
+        raise UserError(f"num_inference_steps={steps}: this student was trained at the {len(trained)} timesteps "
+                        f"{', '.join(f'{each:g}' for each in trained)}; choose from 1 to {len(trained)} steps")
+    return [trained[i * len(trained) // steps] for i in range(steps)]
+
+
+class StudentLCMScheduler(LCMScheduler):
+    """`LCMScheduler` whose n timesteps are `pick(trained, n)`; its own 4 of 1000 are 999, 759, 499, 259."""
+
+    trained: Sequence[int] = ()
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
+                      original_inference_steps: int | None = None, timesteps: list[int] | None = None,
+                      strength: float = 1.0) -> None:
+        # original_inference_steps: only those of a grid of so many steps are taken without a warning.
+        timesteps = pick(self.trained, num_inference_steps) if timesteps is None else timesteps
+        super().set_timesteps(device=device, original_inference_steps=self.config.num_train_timesteps,
+                              timesteps=timesteps, strength=strength)
+
+
+class StudentFlowMatchLCMScheduler(FlowMatchLCMScheduler):
+    """`FlowMatchLCMScheduler` whose n timesteps are `pick(trained, n)`, and whose noise comes from `generator`, which
+    Stable Diffusion 3's pipelines do not hand on.
+    """
+
+    trained: Sequence[float] = ()
+    generator: torch.Generator | list[torch.Generator] | None = None
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
+                      sigmas: list[float] | None = None, mu: float | None = None,
+                      timesteps: list[float] | None = None) -> None:
+        if sigmas is None and timesteps is None:
+            sigmas = [each / self.config.num_train_timesteps for each in pick(self.trained, num_inference_steps)]
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+
+    def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor,
+             generator: torch.Generator | list[torch.Generator] | None = None, return_dict: bool = True):
+        return super().step(model_output, timestep, sample, generator or self.generator, return_dict)
+
+
+class Student:
+    """A student at work in a pipeline; leaving a `with` block disables it.
+
+    call        what `pipe(...)` takes now where it is not told: num_inference_steps, guidance_scale
+    timesteps   of those steps
+    disable()   the pipeline as it was before, bit for bit
+    """
+
+    def __init__(self, pipe: Any, network: nn.Module, scheduler: Any, call: Mapping[str, Any]):
+        self.pipe, self.network, self.call = pipe, network, dict(call)
+        self.timesteps = pick(scheduler.trained, call["num_inference_steps"])
+        self.before = type(pipe), pipe.scheduler
+        pipe.scheduler = scheduler
+        pipe.__class__ = _with_defaults(type(pipe), self.call)
+
+    def disable(self) -> None:
+        remove_lora(self.network)
+        self.pipe.__class__, self.pipe.scheduler = self.before
+
+    def __enter__(self) -> "Student":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.disable()
+
+
+def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
+    """The pipeline class `kind` with other default values of its call, under its own name."""
+    signature = inspect.signature(kind.__call__)
+
+    @functools.wraps(kind.__call__)
+    def call(self, *args, **kwargs):
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        if isinstance(self.scheduler, StudentFlowMatchLCMScheduler):
+            self.scheduler.generator = given.get("generator")
+        missing = {name: value for name, value in defaults.items() if name not in given}
+        return kind.__call__(self, *args, **missing, **kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def load_student(pipe: Any, folder: str | Path, steps: int = 4, other_base: bool = False) -> Student:
+    """Make `pipe` sample with a student: its LoRA, a consistency sampler at the timesteps it was trained at, as many
+    steps, and no guidance. `pipe(prompt)` does it all; steps and guidance may still be given in the call.
+
+    folder: of `save_student`, or with the LoRA of another training (`load_lora_weights`' file, or peft's two), or a hub
+    id such as jasperai/flash-sd; a student that does not say its timesteps was trained at t = 1, 3/4, 1/2 and 1/4.
+    other_base: also for weights that the student was not trained on, such as a fine-tuned model of the same family.
+    Offloading of the pipeline, if any, is set up after this.
+    Raises UserError, with the pipeline as it was, for a pipeline that it cannot serve, a folder without a LoRA, a LoRA
+    of another model, and more steps than there are trained timesteps.
+    """
+    source = f"student={str(folder)!r}"
+    network = _network_of(pipe)
+    path = find_model(str(folder), "student")
+    tensors, alpha = _read_lora(path, source)
+    card = _read_json(path / CARD, source) if (path / CARD).is_file() else {}
+    held = card.get("base_fingerprint")
+    if held is not None and not other_base and not same_weights(held, fingerprint(network)):
+        raise UserError(f"{source} is a LoRA of another base model ({card.get('base') or 'it does not say which'}): "
+                        f"this {type(pipe).__name__} has other weights; other_base=True loads it nevertheless")
+    scheduler = _scheduler(pipe, network, card.get("timesteps"))
+    call = {"num_inference_steps": steps, "guidance_scale": card.get("guidance_scale", 0.0)}
+    pick(scheduler.trained, steps)  # refused before the weights change
+    attach_lora(network, tensors, alpha, source)
+    return Student(pipe, network, scheduler, call)
+
+
+def _network_of(pipe: Any) -> nn.Module:
+    for kind, part in NETWORKS.items():
+        network = getattr(pipe, part, None)
+        if type(network).__name__ == kind:
+            if has_lora(network):
+                raise UserError(f"the {part} of this {type(pipe).__name__} has a LoRA already: disable that student, "
+                                "or unload the LoRA, first")
+            return network
+    raise UserError(f"a {type(pipe).__name__} is not supported: students are served in pipelines of Stable Diffusion "
+                    "1, 2, XL and 3, and of PixArt, whose network is one of "
+                    f"{', '.join(f'{part}: {kind}' for kind, part in NETWORKS.items())}")
+
+
+def _scheduler(pipe: Any, network: nn.Module, trained: Sequence[float] | None):
+    """The scheduler of a student in place of the pipeline's own, with its noise."""
+    config = pipe.scheduler.config
+    count = config.num_train_timesteps
+    if type(network).__name__ == "SD3Transformer2DModel":
+        scheduler = StudentFlowMatchLCMScheduler(num_train_timesteps=count)
+        shift = config.get("shift", 1.0)  # of a student that does not say, on the pipeline's own shifted path
+        scheduler.trained = trained or [count * shift * t / (1 + (shift - 1) * t) for t in MODES]
+        return scheduler
+    trained = [int(each) for each in trained or [count * t - 1 for t in MODES]]
+    # In the config for those who make an LCMScheduler of it: it then takes the same timesteps, if they divide 1000.
+    scheduler = StudentLCMScheduler.from_config(config, timestep_spacing="trailing",
+                                                original_inference_steps=len(trained))
+    scheduler.trained = trained
+    return scheduler
+
+
+def _read_lora(folder: Path, source: str) -> tuple[dict[str, Tensor], float]:
+    """({name as in `lora_state`: tensor}, alpha or 0 for the rank) of a folder, whoever wrote it."""
+    file = next((folder / name for name in (LORA_FILE, ADAPTER_FILE) if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{source} holds neither {LORA_FILE} nor {ADAPTER_FILE}")
+    tensors = {_plain(name): each for name, each in read(file, "student")[0].items()}
+    for name in tensors:
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise UserError(f"{source}: {name} is no weight of a LoRA that a student can have")
+    if file.name == ADAPTER_FILE:
+        config = _read_json(folder / ADAPTER_CONFIG, source)
+    else:
+        with safe_open(file, "pt") as opened:  # diffusers' scripts write peft's config into the header
+            held = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        config = {_plain(name): value for name, value in held.items()}
+    for field in ("use_rslora", "alpha_pattern"):
+        if config.get(field):
+            raise UserError(f"{source}: {field}={config[field]!r} is not supported; a student's LoRA has one strength")
+    return tensors, config.get("lora_alpha", 0)
+
+
+def _plain(name: str) -> str:
+    """The name of a LoRA's weight inside the network, from any of the names that it has had in files."""
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    for old, new in OLD_NAMES:
+        name = name.replace(old, new)
+    return name
+
+
+def _read_json(path: Path, source: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: {path.name} cannot be read ({reason(error)})") from error
