@@ -77,10 +77,12 @@ def distillate(config, flags) -> int:
     if of_pipeline and flags.checkpoint:
         raise UserError(f"--checkpoint={flags.checkpoint} belongs to a config without a pipeline; use "
                         "--config.pipeline.path")
-    if of_pipeline and flags.prompts is None:
+    takes_prompts = of_pipeline and config.distill.name == "clockwork_adaptor"
+    if takes_prompts and flags.prompts is None:
         raise UserError("--prompts is missing: a .txt file with one a line, or a .json file of COCO's captions")
-    if flags.prompts is not None and not of_pipeline:
-        raise UserError(f"--prompts={flags.prompts} belongs to a pipeline, such as configs/sd15.py")
+    if flags.prompts is not None and not takes_prompts:
+        raise UserError(f"--prompts={flags.prompts} belongs to the adaptor of a pipeline, such as "
+                        "configs/sd15.py:clockwork_adaptor; other distillations learn from config.data")
     return choose("distill.name", config.distill.name, DISTILLATIONS)(config, flags, began)
 
 

@@ -6,6 +6,8 @@
     python eval.py --config=configs/mscoco_uvit_small.py --checkpoint=data/pretrained/mscoco_uvit_small.pth \\
         --prompts=captions_val2014.json --config.eval.reference=data/fid_stats/fid_stats_mscoco256_val.npz \\
         --seeds=0-29999 --out=outputs/eval/coco.json
+    python eval.py --config=configs/cifar10_super_resolution.py --checkpoint=runs/super_resolution --images=photos \\
+        --config.eval.metrics=psnr --seeds=0-499 --out=outputs/eval/super_resolution.json
     python eval.py --images=outputs/unet --out=outputs/eval/unet_again.json
     python eval.py --config=configs/sd15.py --images=outputs/sd15 --prompts=captions.txt \\
         --config.eval.metrics=clip_score --out=outputs/eval/sd15.json
@@ -47,7 +49,8 @@ def define_flags(fv) -> None:
     absl_flags.DEFINE_string("labels", None, "classes, given to the seeds in turn: 3 or 0-9", flag_values=fv)
     absl_flags.DEFINE_string("checkpoint", None, "released name, file or training folder", flag_values=fv)
     absl_flags.DEFINE_string("keep_images", None, "folder that keeps the images of the seeds", flag_values=fv)
-    absl_flags.DEFINE_string("images", None, "score the images of this folder, instead of seeds", flag_values=fv)
+    absl_flags.DEFINE_string("images", None, "score the images of this folder, instead of seeds; with --seeds: what a "
+                             "model of images makes its conditions of", flag_values=fv)
     absl_flags.DEFINE_string("prompts", None, "of a text model's --seeds, or of --images: a text, a file, or a folder "
                              "of run_vis features", flag_values=fv)
     absl_flags.DEFINE_integer("image_size", None, "crop and resize --images, and the reference, to it", flag_values=fv)
@@ -58,12 +61,13 @@ def define_flags(fv) -> None:
 
 
 def evaluate(config, flags) -> None:
-    if (flags.seeds is None) == (flags.images is None):
+    of_images = config is not None and config.get("cond", {}).get("kind") == "image"
+    if (flags.seeds is None) == (flags.images is None) and not (of_images and flags.seeds):
         raise UserError(f"--seeds={flags.seeds}, --images={flags.images}: give one of them")
     if not flags.out.endswith(".json"):
         raise UserError(f"--out={flags.out} must end in .json")
     cli.output_dir(Path(flags.out).parent)
-    result = (evaluate_seeds if flags.images is None else evaluate_folder)(config, flags)
+    result = (evaluate_folder if flags.seeds is None else evaluate_seeds)(config, flags)
     if result is None:  # not the main process
         return
     result |= {"versions": versions(), "git_commit": git_commit(),
@@ -87,7 +91,8 @@ def evaluate_seeds(config, flags) -> dict | None:
     if section.cost_images < 1:
         raise UserError(f"eval.cost_images={section.cost_images} must be at least 1")
     processes = Processes(cli.choose_device(config.compute.device))
-    chain, source = build.load_chain(config, flags.checkpoint, processes.device, flags.chosen, flags.prompts)
+    chain, source = build.load_chain(config, flags.checkpoint, processes.device, flags.chosen, flags.prompts,
+                                     flags.images)
     steps = section.benchmark_steps or config.sampler.steps
     timed = replace(chain, ts=build.make_times({**config.sampler, "steps": steps}, chain.denoiser.schedule))
     labels = parse_labels(flags.labels, seeds, chain.num_classes)
@@ -95,12 +100,15 @@ def evaluate_seeds(config, flags) -> dict | None:
     blank = chain.codec.decode(torch.zeros(1, *chain.shape, device=chain.device))  # 1 h w c
     metrics = Metrics(Request(
         section, len(seeds), tuple(blank.shape[1:]), chain.device, config.data, chain.num_classes,
-        flags.inception_weights, with_reference=processes.is_main, prompts=flags.prompts is not None))
+        flags.inception_weights, with_reference=processes.is_main, prompts=flags.prompts is not None,
+        shown=chain.shown is not None))
     folder = None
     if flags.keep_images:
         chain_of = fingerprint(config, source, flags.labels)
         if chain.contexts is not None:
             chain_of |= chain.contexts.fingerprint
+        if chain.shown is not None:
+            chain_of |= chain.shown.fingerprint
         folder = ImageFolder(cli.output_dir(flags.keep_images, "keep_images"), chain_of, "keep_images")
 
     own = processes.share(seeds, chain.rows)
@@ -116,7 +124,7 @@ def evaluate_seeds(config, flags) -> dict | None:
         "config": flags.config, "method": config.policy.to_dict(), "sampler": config.sampler.to_dict(),
         "compute": config.compute.to_dict(), "nfe": chain.nfe, "rows": chain.rows,
         "seeds": flags.seeds, "labels": flags.labels or ("all in turn" if labels else None),
-        "prompts": flags.prompts, "samples": len(seeds), "metrics": measured,
+        "prompts": flags.prompts, "images": flags.images, "samples": len(seeds), "metrics": measured,
         "gmacs_per_image": gmacs_per_image(chain, few, labels and labels[:len(few)]),
         "sampling": {"images": sampled, "seconds": seconds, "processes": processes.count},
         "machine": machine(chain.device),

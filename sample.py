@@ -5,13 +5,16 @@
         --config.sampler.name=dpm_solver_pp --out=outputs/cats
     python sample.py --config=configs/mscoco_uvit_small.py --checkpoint=data/pretrained/mscoco_uvit_small.pth \\
         --prompts=prompts.txt --out=outputs/mscoco
+    python sample.py --config=configs/cifar10_super_resolution.py --checkpoint=runs/super_resolution \\
+        --images=photos --seeds=0-15 --out=outputs/super_resolution
     python sample.py --config=configs/sd15.py:encoder_propagation --prompts="a photo of an astronaut" --seeds=0-3 \\
         --out=outputs/sd15 --compare
 
 The same seed gives the same image in any batch. The same command again makes only what is missing. --captures=5
 adds montage.png: the first seeds' states at five times, from noise to image. Seed i shows prompt i modulo their
-number. --compare times the plain pipeline against the accelerated one and writes compare.json and compare.png (left
-plain, right accelerated).
+number, and so with the images of --images, of which a model of images makes its conditions; its grid.png has condition,
+image and original side by side. --compare times the plain pipeline against the accelerated one and writes compare.json
+and compare.png (left plain, right accelerated).
 """
 
 import json
@@ -45,6 +48,8 @@ def define_flags(fv) -> None:
     absl_flags.DEFINE_string("labels", None, "classes, given to the seeds in turn: 3 or 0-9", flag_values=fv)
     absl_flags.DEFINE_string("prompts", None, "a text, a .txt file with one a line, COCO's .json, or a folder of "
                              "run_vis features", flag_values=fv)
+    absl_flags.DEFINE_string("images", None, "folder of images to make conditions of, for super-resolution, inpainting",
+                             flag_values=fv)
     absl_flags.DEFINE_string("control_image", None, "a ControlNet's image, or a folder of them", flag_values=fv)
     absl_flags.DEFINE_integer("batch_size", 0, "images written at a time; 0 is compute.rows", flag_values=fv)
     absl_flags.DEFINE_string("checkpoint", None, "released name, file or training folder", flag_values=fv)
@@ -60,12 +65,15 @@ def open_chain(config, flags, device):
     for flag in ("control_image", "compare"):
         if getattr(flags, flag):
             raise UserError(f"--{flag}={getattr(flags, flag)} belongs to a pipeline, such as configs/sd15.py")
-    chain, checkpoint = build.load_chain(config, flags.checkpoint, device, flags.chosen, flags.prompts)
+    chain, checkpoint = build.load_chain(config, flags.checkpoint, device, flags.chosen, flags.prompts, flags.images)
     about = {"model": Path(flags.checkpoint or config.checkpoint).name, "sampler": config.sampler.name}
     made_by = fingerprint(config, checkpoint, flags.labels)
     if chain.contexts is not None:
         about["prompts"] = flags.prompts
         made_by |= chain.contexts.fingerprint
+    if chain.shown is not None:
+        about["images_folder"] = flags.images
+        made_by |= chain.shown.fingerprint
     return chain, made_by, about, chain.policy.stats
 
 
@@ -73,7 +81,7 @@ def open_pipeline(config, flags, device):
     """The same of a diffusers pipeline."""
     from libs.pipelines.sampling import PipelineSampler, check_compare  # diffusers takes seconds to import
 
-    for flag in ("labels", "checkpoint", "cost", "captures"):
+    for flag in ("labels", "checkpoint", "images", "cost", "captures"):
         if getattr(flags, flag):
             raise UserError(f"--{flag}={getattr(flags, flag)} belongs to a config without a pipeline")
     if flags.compare:
@@ -128,6 +136,8 @@ def sample(config, flags) -> None:
         else:
             images = folder.load(seeds[:GRID])
             columns = 10 if source.num_classes == 10 and flags.labels is None else 8
+            if getattr(source, "shown", None) is not None:
+                images, columns = source.shown.beside(seeds[:GRID], images), columns // 2
             save_png(out / "grid.png", image_grid(images, columns, upscale=max(1, 32 // images.shape[1])))
         logging.info("%d images of %d evaluations each: %s", len(seeds), source.nfe, flags.out)
     processes.close()

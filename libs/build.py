@@ -12,17 +12,20 @@ from torch import nn
 from . import checkpoint as checkpoints
 from .backbones.attention import set_attention
 from .codecs import make_codec
-from .contexts import Contexts, make_contexts
+from .conditioners import OF_IMAGES, Conditioners, make_conditioners, names_code, read_images
+from .contexts import KINDS, Contexts, make_contexts
+from .data import ImageData
 from .denoiser import TARGETS, TIME_INPUTS, Denoiser
 from .errors import UserError, choose
 from .factory import refuse_other_size
 from .generate import Chain
 from .policies import make_policy
+from .policies.sites import unwrap
 from .samplers import grid_orders, make_sampler
 from .schedule import Schedule, make_schedule, time_grid
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-OF_TEXTS = ("text_encoder", "tokens")  # fields of the cond section that only a model of texts has
+OF_KINDS = {"text": ("text_encoder", "tokens"), "image": OF_IMAGES}  # fields of the cond section that only they have
 MODEL_SECTIONS = ("backbone", "schedule", "denoiser", "cond", "codec")  # what a checkpoint says of itself
 
 
@@ -30,9 +33,10 @@ def describe(config: Mapping) -> dict[str, Any]:
     """The sections that a checkpoint keeps in its metadata, as plain JSON-able dicts."""
     plain = {name: config[name].to_dict() if hasattr(config[name], "to_dict") else dict(config[name])
              for name in MODEL_SECTIONS}
-    if plain["cond"]["kind"] != "text":
-        for name in OF_TEXTS:
-            plain["cond"].pop(name, None)
+    for kind, names in OF_KINDS.items():
+        if plain["cond"]["kind"] != kind:
+            for name in names:
+                plain["cond"].pop(name, None)
     plain["image"] = {"size": config["data"]["image_size"], "channels": config["data"]["channels"]}
     return plain
 
@@ -58,12 +62,17 @@ def load_model(config: Mapping, name: str | None = None) -> tuple[nn.Module, dic
     """(backbone, description) of the checkpoint `name`, or of the config's own.
 
     A file that describes itself wins over the config's schedule, denoiser, cond and codec sections; its
-    architecture must be the config's.
+    architecture must be the config's. It never chooses the code of a user's own conditioners: the config does.
     """
     path = checkpoints.resolve(name or config["checkpoint"])
     own = describe(config)
     net, held = checkpoints.load_described(path, own["backbone"])
     description = {**own, **held}
+    if names_code(description["cond"]):
+        if not names_code(own["cond"]):
+            raise UserError(f"checkpoint {path} holds conditioners of the user's own ({description['cond']['task']}), "
+                            "and weights choose no code: name them by --config.cond.kind=image and --config.cond.task")
+        description["cond"] = description["cond"] | {"task": own["cond"]["task"]}
     refuse_other_size(net, description)
     return net, description
 
@@ -78,7 +87,7 @@ def adopt_sampler(config: ConfigDict, description: Mapping, overrides: Collectio
 
 def prepare_backbone(net: nn.Module, compute: Mapping, device: torch.device) -> nn.Module:
     """The network on its device, with the attention and the compilation that `compute` asks for."""
-    if compute["attention"] != "sdpa":
+    if compute.get("attention", "sdpa") != "sdpa":  # a pipeline chooses its own
         set_attention(net, compute["attention"])
     net = net.to(device)
     return torch.compile(net) if compute["compile"] else net
@@ -106,9 +115,9 @@ def guidance_range(cond: Mapping) -> tuple[float, float] | None:
 
 def adopt_places(config: ConfigDict, description: dict, overrides: Collection[str] = ()) -> None:
     """Let what the user overrode say where an autoencoder and a text encoder lie: a checkpoint remembers where they
-    lay on the machine that trained it.
+    lay on the machine that trained it. And of which masks inpainting samples.
     """
-    for name, field in (("codec", "pretrained"), ("cond", "text_encoder")):
+    for name, field in (("codec", "pretrained"), ("cond", "text_encoder"), ("cond", "masks")):
         if f"{name}.{field}" in overrides and field in description[name]:
             description[name] = {**description[name], field: config[name][field]}
 
@@ -117,10 +126,11 @@ def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: to
                contexts: Contexts | None = None) -> Chain:
     """Every link of the chain around `net`, which `prepare_backbone` has put on the device.
 
-    contexts: what a text model is shown; without, `Chain.show` comes before the first image.
+    contexts: what a text model is shown; without, `Chain.show` comes before the first image, as does
+        `Chain.show_images` for a model of images.
     """
     section, cond = config["sampler"], description["cond"]
-    choose("cond.kind", cond["kind"], ("none", "label", "text"))
+    choose("cond.kind", cond["kind"], KINDS)
     sampler = make_sampler(**section)
     policy = make_policy(config["policy"], net)
     denoiser = make_denoiser(policy, description, config["compute"]["precision"], device)
@@ -132,9 +142,11 @@ def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: to
     if scales is not None and not scales[0] <= section["cfg_scale"] <= scales[1]:
         raise UserError(f"sampler.cfg_scale={section['cfg_scale']}: this network takes the guidance scale as an input, "
                         f"from {scales[0]:g} to {scales[1]:g}")
-    if scales is None and section["cfg_scale"] != 1 and null_label is None and cond["kind"] != "text":
-        raise UserError(f"sampler.cfg_scale={section['cfg_scale']}: this model has no null class to guide "
-                        "against; use 1.0")
+    image = description["image"]
+    shape = codec.latent_shape(image["size"], image["channels"])
+    conditioners = image_conditioners(description, net, shape[1:], device)
+    if scales is None and section["cfg_scale"] != 1:
+        refuse_unguidable(section["cfg_scale"], cond, conditioners)
     threshold = None
     if choose("sampler.threshold", section["threshold"], ("none", "static", "dynamic")) != "none":
         value = section["threshold_value"]
@@ -143,28 +155,69 @@ def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: to
         threshold = section["threshold"], value
     if config["compute"]["rows"] < 1:
         raise UserError(f"compute.rows={config['compute']['rows']} must be at least 1")
-    image = description["image"]
     chain = Chain(policy=policy, denoiser=denoiser, sampler=sampler,
                   ts=make_times(section, denoiser.schedule), codec=codec,
-                  shape=codec.latent_shape(image["size"], image["channels"]), device=device,
-                  null_label=null_label, num_classes=cond["num_classes"], cfg_scale=section["cfg_scale"],
-                  takes_scale=scales is not None, threshold=threshold, rows=config["compute"]["rows"])
+                  shape=shape, device=device, null_label=null_label, num_classes=cond["num_classes"],
+                  cfg_scale=section["cfg_scale"], takes_scale=scales is not None, threshold=threshold,
+                  rows=config["compute"]["rows"], conditioners=conditioners)
     if contexts is not None:
         chain.show(contexts)
     policy.prepare(chain)
     return chain
 
 
+def image_conditioners(description: Mapping, net: nn.Module, size: tuple[int, int],
+                       device: torch.device) -> Conditioners | None:
+    """The conditioners of a model of images, which the network has been seen to take; None for other models.
+
+    size: (h, w) of the network's x.
+    """
+    kind, channels = description["cond"]["kind"], getattr(unwrap(net), "concat_channels", 0)
+    if kind != "image" and channels:
+        raise UserError(f"cond.kind={kind!r}: this network takes {channels} channels beside x "
+                        "(backbone.concat_channels), so cond.kind must be image")
+    if kind != "image":
+        return None
+    conditioners = make_conditioners(description["cond"], size, device)
+    conditioners.check(unwrap(net), description["image"], size, description["cond"]["num_classes"] > 0)
+    return conditioners
+
+
+def refuse_unguidable(cfg_scale: float, cond: Mapping, conditioners: Conditioners | None) -> None:
+    """Guidance needs something to guide against."""
+    if conditioners is not None:
+        if not conditioners.guidable:
+            raise UserError(f"sampler.cfg_scale={cfg_scale}: this model was trained with every condition (cond.drop), "
+                            "so there is nothing to guide against; use 1.0")
+    elif cond["null_label"] < 0 and cond["kind"] != "text":
+        raise UserError(f"sampler.cfg_scale={cfg_scale}: this model has no null class to guide against; use 1.0")
+
+
 def load_chain(config: ConfigDict, name: str | None, device: torch.device, overrides: Collection[str] = (),
-               prompts: str | None = None) -> tuple[Chain, Path]:
+               prompts: str | None = None, images: str | None = None) -> tuple[Chain, Path]:
     """(chain, file) of the checkpoint `name`, or of the config's own.
 
     A student's checkpoint brings its sampler along: it is written into `config`, but for `overrides`.
     prompts: what --prompts names, for a text model, see `make_contexts`; other models are given None.
+    images: likewise what --images names, a folder, for a model of images.
     """
     net, description = load_model(config, name)
     adopt_sampler(config, description, overrides)
     adopt_places(config, description, overrides)
     contexts = make_contexts(prompts, description, device)
+    shown = _shown_images(images, description)
     chain = make_chain(config, prepare_backbone(net, config["compute"], device), description, device, contexts)
+    if shown is not None:
+        chain.show_images(shown.to(device))
     return chain, checkpoints.resolve(name or config["checkpoint"])
+
+
+def _shown_images(path: str | None, description: Mapping) -> ImageData | None:
+    """The images of the folder that --images names; None for a model that takes none."""
+    kind, image = description["cond"]["kind"], description["image"]
+    if kind == "image" and path is None:
+        raise UserError("--images is missing: a folder of images, of which this model's conditions are made")
+    if kind != "image" and path is not None:
+        raise UserError(f"--images={path}: this model takes no images (cond.kind={kind!r}); "
+                        "configs/cifar10_super_resolution.py and configs/cifar10_inpainting.py do")
+    return None if path is None else read_images(path, image["size"], image["channels"])

@@ -23,6 +23,9 @@ class Codec(Protocol):
     def decode(self, x: Tensor) -> Tensor:
         """(b, c', h', w') of any floating type -> uint8 (b, h, w, c)."""
 
+    def pixels(self, x: Tensor) -> Tensor:
+        """(b, c', h', w') -> RGB (b, c, h, w) of about -1 ... 1, differentiable in x."""
+
     def latent_shape(self, image_size: int, channels: int) -> tuple[int, int, int]:
         """(c', h', w') for square images of image_size pixels."""
 
@@ -45,6 +48,9 @@ class PixelCodec:
     def decode(self, x: Tensor) -> Tensor:
         levels = (x.float() * 127.5 + 127.5).round().clamp(0, 255)
         return self._ordered(levels.to(torch.uint8)).permute(0, 2, 3, 1).contiguous()  # b h w c
+
+    def pixels(self, x: Tensor) -> Tensor:
+        return self._ordered(x)
 
     def latent_shape(self, image_size: int, channels: int) -> tuple[int, int, int]:
         self._check(channels)
@@ -94,9 +100,10 @@ class KLCodec:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        x = x.to(self.device).float() / self.scale_factor
-        parts = [PixelCodec().decode(self.vae.decode(part).sample) for part in x.split(self.chunk)]
-        return torch.cat(parts)
+        return torch.cat([PixelCodec().decode(self.pixels(part)) for part in x.split(self.chunk)])
+
+    def pixels(self, x: Tensor) -> Tensor:
+        return self.vae.decode(x.to(self.device).float() / self.scale_factor).sample
 
     def latent_shape(self, image_size: int, channels: int) -> tuple[int, int, int]:
         side = image_size // 2 ** (len(self.vae.config.block_out_channels) - 1)

@@ -31,11 +31,27 @@ class Contexts(Protocol):
 
     def __call__(self, seeds: Sequence[int]) -> Tensor: ...
 
+    def conditions(self, seeds: Sequence[int]) -> dict[str, Tensor]:
+        """The network's arguments, each (b, ...)."""
+
+    def unconditional(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same of the empty text."""
+
     def texts(self, seeds: Sequence[int]) -> list[str] | None:
         """The prompts of the seeds; None where only their embeddings are known."""
 
 
-class PromptContexts:
+class OneContext:
+    """What a network is given that is shown texts as one `context` each."""
+
+    def conditions(self, seeds: Sequence[int]) -> dict[str, Tensor]:
+        return {"context": self(seeds)}
+
+    def unconditional(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"context": self.null.expand_as(cond["context"])}
+
+
+class PromptContexts(OneContext):
     """Prompts through a text encoder, each once as long as it is in use."""
 
     def __init__(self, prompts: Sequence[str], encoder: TextEncoder):
@@ -57,7 +73,7 @@ class PromptContexts:
         return prompts_of(seeds, self.prompts)
 
 
-class StoredContexts:
+class StoredContexts(OneContext):
     """Prompts whose contexts are on disk: U-ViT's `run_vis` features. No text encoder is needed.
 
     pairs   (prompt, (tokens, width)) of each
@@ -77,7 +93,7 @@ class StoredContexts:
         return prompts_of(seeds, self.prompts)
 
 
-class DataContexts:
+class DataContexts(OneContext):
     """Texts of a training set, for its previews and measurements: the first seeds show its `run_vis` prompts, seed i
     beyond them the first caption of image i modulo the number of images.
     """
@@ -131,6 +147,9 @@ def make_contexts(text: str | None, description: Mapping, device: torch.device |
         source = f"cond.text_encoder={cond['text_encoder']!r}"
     refuse_other_text(contexts([0]), description, source)
     return contexts
+
+
+KINDS = ("none", "label", "text", "image")  # of a condition
 
 
 def refuse_other_kind(description: Mapping) -> None:

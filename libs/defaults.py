@@ -19,10 +19,15 @@ def base_config() -> ConfigDict:
         "schedule": {"name": "vp_linear"},
         "denoiser": {"prediction": "eps", "time_input": "999t"},
         "cond": {
-            "kind": "none",  # none, label, text
+            "kind": "none",  # none, label, text, image
             "num_classes": 0,  # labels go from 0 to num_classes - 1
             "null_label": -1,  # the label that means no class; -1 if the network has none
-            "drop": 0.0,  # rate at which training replaces a label by the null label, a text by the empty one
+            "drop": 0.0,  # rate at which training replaces a label by the null label, a text by the empty one, an
+            # image's condition by zeros
+            "task": "super_resolution",  # of images: super_resolution, inpainting, label, path/to/module.py:function;
+            # a comma list joins several
+            "factor": 4,  # of super-resolution
+            "masks": ("boxes", "halves", "strokes"),  # of inpainting, one drawn for every image
             "text_encoder": "openai/clip-vit-large-patch14",  # of a text: a CLIPTextModel's hub id or folder
             "tokens": 77,  # to which a text is cut off or padded
         },

@@ -26,6 +26,7 @@ from .metrics.clip_score import CLIPSCORE_WEIGHT, CLIPFeatures
 from .metrics.features import CLASSES
 from .metrics.frechet import FeatureSums, Statistics, frechet_distance
 from .metrics.precision_recall import precision_recall
+from .metrics.psnr import PSNR, Truth
 from .metrics.statistics import SHIPPED, Extractor, reference_statistics
 from .processes import Processes
 
@@ -45,6 +46,7 @@ class Request:
     classes             number of classes that `update` gets labels of, 0 for none
     inception_weights   file of the Inception network, None to fetch it
     prompts             whether `update` gets the images' prompts
+    shown               whether `update` gets the images of which a condition was made
     with_reference      False in processes that only add up: the main one compares
     """
 
@@ -57,6 +59,7 @@ class Request:
     inception_weights: str | None = None
     with_reference: bool = True
     prompts: bool = False
+    shown: bool = False
 
 
 class Metric(Protocol):
@@ -64,8 +67,11 @@ class Metric(Protocol):
 
     extractor: Extractor
 
-    def update(self, features: Tensor, labels: Tensor | None, prompts: list[str] | None) -> None:
-        """Add the features (b, d) of a batch, and the labels (b,) or the prompts that its images were made from."""
+    def update(self, features: Tensor, labels: Tensor | None, prompts: list[str] | None,
+               truth: Truth | None) -> None:
+        """Add the features (b, d) of a batch, the labels (b,) or the prompts that its images were made from, and what
+        they should be.
+        """
 
     def compute(self, processes: Processes) -> dict[str, dict[str, Any]]:
         """{name: {"value", "samples", ...}} of all processes' images, on the main process ({} on others)."""
@@ -101,7 +107,8 @@ class Frechet:
             size = request.image_shape[0]
             self.statistics = reference_statistics(source, self.extractor, BATCH, size, "eval.reference")
 
-    def update(self, features: Tensor, labels: Tensor | None, prompts: list[str] | None) -> None:
+    def update(self, features: Tensor, labels: Tensor | None, prompts: list[str] | None,
+               truth: Truth | None) -> None:
         self.sums.update(features)
 
     def compute(self, processes: Processes) -> dict[str, dict[str, Any]]:
@@ -131,7 +138,8 @@ class PrecisionRecall:
                 raise UserError(f"eval.reference: precision_recall needs more than {NEIGHBOURS} images, "
                                 f"{self.source} has {len(self.real)}")
 
-    def update(self, features: Tensor, labels: Tensor | None, prompts: list[str] | None) -> None:
+    def update(self, features: Tensor, labels: Tensor | None, prompts: list[str] | None,
+               truth: Truth | None) -> None:
         self.features.append(features.cpu())
 
     def compute(self, processes: Processes) -> dict[str, dict[str, Any]]:
@@ -156,7 +164,8 @@ class ClassAccuracy:
         self.extractor = extractors["cifar10_resnet"]
         self.counts = torch.zeros(2, device=request.device)  # right, all
 
-    def update(self, features: Tensor, labels: Tensor | None, prompts: list[str] | None) -> None:
+    def update(self, features: Tensor, labels: Tensor | None, prompts: list[str] | None,
+               truth: Truth | None) -> None:
         guessed = self.extractor.class_probabilities(features).argmax(dim=1)
         self.counts[0] += (guessed == labels.to(guessed.device)).sum()
         self.counts[1] += len(labels)
@@ -179,7 +188,8 @@ class ClipScore:
         self.extractor = CLIPFeatures(self.model, request.device)
         self.sums = torch.zeros(3, dtype=torch.float64)  # of the cosines, of their positive parts, of 1
 
-    def update(self, features: Tensor, labels: Tensor | None, prompts: list[str] | None) -> None:
+    def update(self, features: Tensor, labels: Tensor | None, prompts: list[str] | None,
+               truth: Truth | None) -> None:
         cosines = (features * self.extractor.texts(prompts)).sum(dim=1).double().cpu()
         self.sums += torch.stack([cosines.sum(), cosines.clamp(min=0).sum(), torch.tensor(len(cosines))])
 
@@ -198,6 +208,7 @@ METRICS = {
     "precision_recall": PrecisionRecall,
     "class_accuracy": ClassAccuracy,
     "clip_score": ClipScore,
+    "psnr": PSNR,
 }
 
 
@@ -212,15 +223,18 @@ class Metrics:
         extractors = Extractors(request)
         self.metrics: list[Metric] = [factory(extractors, request) for factory in factories]
 
-    def update(self, images: Tensor, labels: list[int] | None = None, prompts: list[str] | None = None) -> None:
-        """Add uint8 images (b, h, w, c), with the labels or the prompts that they were made from."""
+    def update(self, images: Tensor, labels: list[int] | None = None, prompts: list[str] | None = None,
+               truth: Truth | None = None) -> None:
+        """Add uint8 images (b, h, w, c), with the labels or the prompts that they were made from, and what they should
+        be.
+        """
         labels = None if labels is None else torch.tensor(labels)
         features = {each.extractor.name: None for each in self.metrics}
         for each in self.metrics:
             name = each.extractor.name
             if features[name] is None:
                 features[name] = each.extractor(images)
-            each.update(features[name], labels, prompts)
+            each.update(features[name], labels, prompts, truth)
 
     def compute(self, processes: Processes) -> dict[str, dict[str, Any]]:
         """{name: {"value", "samples", ...}} over all processes' images, on the main process."""
@@ -230,13 +244,18 @@ class Metrics:
 def score_seeds(metrics: Metrics, chain: Chain, seeds: list[int], label_of: Mapping[int, int] | None = None,
                 folder: ImageFolder | None = None, bar: bool = True) -> tuple[int, float]:
     """Show every seed's image to the metrics once: from `folder` where it is there already, else generated (and
-    kept in `folder`). The prompts are the chain's. Returns the number of images generated and the seconds that took.
+    kept in `folder`). Prompts and originals are the chain's. Returns the number of images generated and the seconds
+    that took.
     """
     def labels(batch: list[int]) -> list[int] | None:
         return None if label_of is None else [label_of[seed] for seed in batch]
 
     def update(batch: list[int], images: Tensor) -> None:
-        metrics.update(images, labels(batch), None if chain.contexts is None else chain.contexts.texts(batch))
+        shown, truth = chain.shown, None
+        if shown is not None:
+            truth = Truth(shown.originals(batch), shown.hole(batch), shown.answer(batch))
+        prompts = None if chain.contexts is None else chain.contexts.texts(batch)
+        metrics.update(images, labels(batch), prompts, truth)
 
     missing = seeds if folder is None else folder.missing(seeds)
     ready = sorted({*seeds} - {*missing})

@@ -1,7 +1,8 @@
 """Functions of the user's own files, named as `path/to/module.py:function`: a model or a data set.
 
 A model's function takes no argument and returns an `nn.Module` with the attribute `image_size = [1, C, H, W]`, whose
-call is `net(x, t)`: x (b, C, H, W) and t (b,) float32 -> (b, C, H, W); with labels `net(x, t, y=y)`, y (b,) int64.
+call is `net(x, t)`: x (b, C, H, W) and t (b,) float32 -> (b, C, H, W); with labels `net(x, t, y=y)`, y (b,) int64; with
+an image as its condition `net(x, t, concat=concat)`, (b, n, H, W), and the attribute `concat_channels = n`.
 """
 
 import contextlib
@@ -138,14 +139,14 @@ def _arguments(net: nn.Module) -> set[str]:
     """Which of our conditions the forward of `net` takes."""
     parameters = inspect.signature(net.forward).parameters.values()
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
-        return {"y", "context", "guidance"}
+        return {"y", "context", "guidance", "concat", "vector"}
     return {each.name for each in parameters}
 
 
 def _output_shape(net: nn.Module, shape: tuple[int, ...], factory: str) -> tuple[int, ...] | None:
     """Shape of the output for one image; None where it is no tensor."""
     path, _ = _split(MODEL, factory)
-    y = inspect.signature(net.forward).parameters.get("y")
+    needed = {each.name for each in inspect.signature(net.forward).parameters.values() if each.default is each.empty}
     training = net.training
     try:
         # Tensors without values cost nothing at any size of image; code that looks at values wants real ones.
@@ -154,8 +155,11 @@ def _output_shape(net: nn.Module, shape: tuple[int, ...], factory: str) -> tuple
                 with mode, torch.no_grad():
                     device = next((each.device for each in net.parameters()), None)
                     kwargs = {}
-                    if y is not None and y.default is y.empty:
+                    if "y" in needed:
                         kwargs["y"] = torch.zeros(1, dtype=torch.long, device=device)
+                    if "concat" in needed:
+                        channels = getattr(net, "concat_channels", 0)
+                        kwargs["concat"] = torch.zeros(1, channels, *shape[2:], device=device)
                     out = net.eval()(torch.zeros(shape, device=device), torch.zeros(1, device=device), **kwargs)
                     return tuple(out.shape) if isinstance(out, torch.Tensor) else None
             except Exception:

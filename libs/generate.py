@@ -1,7 +1,7 @@
-"""Generation: seeds (and labels, or texts) -> images, through every link of the chain.
+"""Generation: seeds (and labels, texts, or images to make conditions of) -> images, through every link of the chain.
 
-Image i depends on seed i, and its label or prompt, alone. Kernels give a row the same bits only at an equal number of
-rows, so the network always sees `rows` images at a time, the last group padded, whatever the batch size.
+Image i depends on seed i, and its label, prompt or image, alone. Kernels give a row the same bits only at an equal
+number of rows, so the network always sees `rows` images at a time, the last group padded, whatever the batch size.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .conditioners import Conditioners, ShownImages, unconditional
 from .contexts import Contexts
+from .data import ImageData
 from .denoiser import Denoiser, guided, thresholded
 from .errors import UserError
 from .policies import Full
@@ -34,6 +36,7 @@ class Chain:
     threshold     None, or (`static`, value) or (`dynamic`, quantile)
     rows          images in one call of the network (twice the rows under guidance)
     contexts      what a text model is shown (`show`); its seeds' texts take the place of labels
+    conditioners  of a model of images; `shown` are the images that it is shown (`show_images`)
     """
 
     policy: Full
@@ -50,6 +53,8 @@ class Chain:
     threshold: tuple[str, float] | None = None
     rows: int = 16
     contexts: Contexts | None = None
+    conditioners: Conditioners | None = None
+    shown: ShownImages | None = None
     times: Tensor = field(init=False)
 
     def __post_init__(self):
@@ -61,6 +66,10 @@ class Chain:
             raise UserError(f"sampler.cfg_scale={self.cfg_scale}: there is no empty_context.npy beside the texts' "
                             "features to guide against; use 1.0")
         self.contexts = contexts
+
+    def show_images(self, data: ImageData) -> None:
+        """Make the conditions of these images, which have the model's size, from now on."""
+        self.shown = ShownImages(data, self.conditioners)
 
     @property
     def nfe(self) -> int:
@@ -97,20 +106,27 @@ class Chain:
     def _cond(self, seeds: list[int], labels: list[int] | None) -> dict[str, Tensor]:
         """What the network is given for `rows` seeds; the last label stands for those that are missing."""
         if self.contexts is not None:
-            return {"context": self.contexts(seeds)}
-        if labels is None:
-            return {}
-        return {"y": torch.tensor([*labels, *[labels[-1]] * (self.rows - len(labels))], device=self.device)}
+            return self.contexts.conditions(seeds)
+        y = None
+        if labels is not None:
+            y = torch.tensor([*labels, *[labels[-1]] * (self.rows - len(labels))], device=self.device)
+        if self.conditioners is not None:
+            if self.shown is None:
+                raise UserError("cond.kind='image': there are no images of which to make the conditions")
+            return self.shown(seeds, y)
+        return {} if y is None else {"y": y}
 
     def _null(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same of no label, or of the empty text."""
-        if "context" in cond:
-            return {"context": self.contexts.null.expand_as(cond["context"])}
-        return {"y": torch.full_like(cond["y"], self.null_label)}
+        """The same of no label, of the empty text, or of no image."""
+        if self.contexts is not None:
+            return self.contexts.unconditional(cond)
+        return unconditional(cond, self.null_label)
 
     def images(self, seeds: list[int], labels: list[int] | None = None,
                batch_size: int | None = None) -> Iterator[tuple[list[int], Tensor]]:
-        """Batches (seeds, uint8 images b h w c) of `batch_size` (default: `rows`) in the seeds' order."""
+        """Batches (seeds, uint8 images b h w c) of `batch_size` (default: `rows`) in the seeds' order. Pixels that a
+        condition makes known are its image's own.
+        """
         batch_size = batch_size or self.rows
         for start in range(0, len(seeds), batch_size):
             batch = seeds[start:start + batch_size]
@@ -118,5 +134,6 @@ class Chain:
             for i in range(start, start + len(batch), self.rows):
                 stop = min(i + self.rows, start + len(batch))
                 x_0 = self.sample(seeds[i:stop], None if labels is None else labels[i:stop])
-                groups.append(self.codec.decode(x_0))
+                made = self.codec.decode(x_0)
+                groups.append(made if self.shown is None else self.shown.finish(seeds[i:stop], made))
             yield batch, torch.cat(groups)

@@ -16,7 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .backbones.recompute import Switched, checkpoint
+from .backbones.recompute import Switched
 from .checkpoint import has_lora
 from .errors import UserError
 from .files import reason
@@ -56,20 +56,22 @@ def add_lora(net: nn.Module, rank: int, alpha: float = 0, targets: Sequence[str]
     """
     family = family_of(net)[2]
     if has_lora(net):
-        raise UserError(f"lora_rank={rank}: this {type(net).__name__} has a LoRA already; merge it first")
+        raise UserError(f"--config.distill.lora_rank={rank}: a {type(net).__name__} that has a LoRA already; "
+                        "merge it first")
     if not targets and not family:
-        raise UserError(f"lora_targets: the layers of a {type(net).__name__} are not known, only those of "
-                        f"{', '.join(LORA_TARGETS)}; choose from {_ends(net)}")
+        raise UserError(f"--config.distill.lora_targets: the layers of a {type(net).__name__} are not known, only "
+                        f"those of {', '.join(LORA_TARGETS)}; choose from {_ends(net)}")
     for end in targets:
         if not any(f".{name}".endswith(f".{end}") for name in _layers(net)):
-            raise UserError(f"lora_targets={end!r}: a {type(net).__name__} has no such linear or convolution layer; "
-                            f"choose from {_ends(net)}")
+            raise UserError(f"--config.distill.lora_targets={end!r}: a {type(net).__name__} has no such linear or "
+                            f"convolution layer; choose from {_ends(net)}")
     used = list(targets or LORA_TARGETS[family])
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=used, init_lora_weights="gaussian")
     try:
         inject_adapter_in_model(config, net)
     except ValueError as error:  # a name that also ends those of layers of another kind; a rank below 1
-        raise UserError(f"lora_rank={rank}, lora_targets={','.join(used)}: {reason(error)}") from error
+        raise UserError(f"--config.distill.lora_rank={rank}, --config.distill.lora_targets={','.join(used)}: "
+                        f"{reason(error)}") from error
     for layer in _lora_layers(net):  # half precision would round an update away
         nn.ModuleList([layer.lora_A, layer.lora_B]).float()
     return used
@@ -177,18 +179,6 @@ def remove_lora(net: nn.Module) -> nn.Module:
             setattr(net.get_submodule(parent), own, layer.get_base_layer())
     vars(net).pop("peft_config", None)
     return net
-
-
-def checkpointing(net: nn.Module) -> None:
-    """Recompute activations in the backward pass, each with the LoRA on or off as the forward pass had it."""
-    blocks = [module for module in net.modules() if hasattr(module, "use_checkpoint")]
-    models = [module for module in net.modules() if getattr(module, "_supports_gradient_checkpointing", False)]
-    if not blocks and not models:
-        raise UserError(f"gradient checkpointing: a {type(net).__name__} cannot; {', '.join(LORA_TARGETS)} can")
-    for block in blocks:
-        block.use_checkpoint = True
-    for model in models:
-        model.enable_gradient_checkpointing(checkpoint)
 
 
 def fingerprint(net: nn.Module | Mapping[str, Tensor]) -> str:

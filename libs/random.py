@@ -35,6 +35,7 @@ class Stream(IntEnum):
     FLASH_ADV_TIME = 14
     FLASH_START_NOISE = 15
     FLASH_REAL_NOISE = 16
+    MASK = 17  # which pixels of an image are to be made
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

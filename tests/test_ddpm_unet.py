@@ -17,10 +17,10 @@ from libs import config as config_files
 from libs.backbones import DDPMUNet
 from libs.backbones.attention import set_attention
 from libs.backbones.ddpm_unet import ResBlock, SelfAttention, TimeEmbedding
+from libs.backbones.recompute import recompute_activations
 from libs.checkpoint import build_backbone, infer_backbone, load_described, read, save_backbone
 from libs.errors import UserError
 from libs.schedule import make_schedule, time_grid
-from libs.training.setup import recompute_activations
 
 CONFIG = "configs/celebahq256_unet.py"
 # The published model, block by block: name, channels in, channels out, attention.

@@ -163,6 +163,17 @@ def test_each_learns_from_its_own_loss_alone():
     assert all(each.abs().min() > 1e-6 for each in (*parts.values(), expected))
 
 
+def test_the_students_estimate_is_bound_to_the_data():
+    _, student = flash_of("flow", "flow_matching", "1000t")
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    assert torch.equal(student_estimate(student, x, torch.tensor(0.0)), x)
+    t = torch.tensor([1e-4, 0.25, 1.0], dtype=torch.float64)  # u = 1: a fifth of x_t
+    x_0, f = student(x, t).x_0, student_estimate(student, x, t)
+    torch.testing.assert_close(f[0], 0.2 * x[0] + x_0[0] / 1.25**0.5)
+    torch.testing.assert_close(f[1:], x_0[1:], atol=1e-6, rtol=0)
+    assert not torch.equal(f[1], x_0[1])
+
+
 def test_dmd_with_the_student_as_its_own_fake_score():
     flash, student = flash_of(**ALL | {"distil_scale": "0", "adversarial_scale": "0"})
     batch, f = batch_of(), torch.randn(12, 2, 4, 4, requires_grad=True)

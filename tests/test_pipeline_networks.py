@@ -21,8 +21,12 @@ from libs.build import make_denoiser
 from libs.config import load
 from libs.defaults import base_config
 from libs.denoiser import guided
+from libs.distillation.flash import Flash
 from libs.distillation.flash_stages import read_stages
+from libs.distillation.teacher_features import TeacherFeatures, feature_shape
 from libs.errors import UserError
+from libs.heads.discriminator import make_discriminator
+from libs.lora import AdaptersOff, add_lora
 from libs.methods import flash
 from libs.pipelines.flash_settings import FLASH
 from libs.pipelines.model import PipelineModel, describe_scheduler, load_pipeline_model
@@ -31,6 +35,7 @@ from libs.pipelines.untrained import unet
 from libs.policies.sites import unwrap
 from libs.samplers.ddim import ddim
 from libs.schedule import make_schedule, time_grid
+from libs.training.batches import Batch
 
 TEXTS = ["a cat", "the red sea"]
 STEPS, GUIDANCE = 3, 4.0
@@ -251,6 +256,30 @@ def test_gradients_reach_every_lora_and_nothing_else(pipe):
     assert all(each.grad.abs().max() > 0 for name, each in model.net.named_parameters() if ".lora_B" in name)
     assert all(name.startswith(model.net.part + ".") for name in loras)  # as pipelines name them
     assert not any(each.requires_grad for each in [*pipe.vae.parameters(), *pipe.text_encoder.parameters()])
+
+
+def test_flash_distils_every_family(family):
+    """All three losses, with gradients for the LoRA and the discriminator and for nothing else."""
+    name = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl", "PixArtAlphaPipeline": "pixart",
+            "StableDiffusion3Pipeline": "sd3"}[type(family).__name__]
+    config = base_config()
+    flash(config, **FLASH[name] | {"teacher_steps": "4", "stage_updates": "1,1,1,1", "discriminator_width": 4})
+    section, model = config.distill, PipelineModel(family, negative_prompt=FLASH[name]["negative_prompt"])
+    add_lora(model.net, rank=2, alpha=section.lora_alpha)
+    teacher = make_denoiser(AdaptersOff(model.net), model.description)
+    student = make_denoiser(model.net, model.description)
+    discriminator = make_discriminator(section, *feature_shape(model.net, (4, 8, 8)))
+    objective = Flash(read_stages(section), teacher, model.null, TeacherFeatures(teacher, model.net), discriminator,
+                      section)
+    batch = Batch(x_T(), model.encode(TEXTS), torch.arange(2), seed=0, step=3)  # of the last stage
+    loss = objective(student, batch)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert set(objective.terms) == {"distil", "dmd", "adversarial", "discriminator"}
+    reached = {name for name, each in model.net.named_parameters() if each.grad is not None}
+    assert reached == {name for name, _ in model.net.named_parameters() if ".lora_" in name}
+    assert sum(each.grad.abs().sum() for each in model.net.parameters() if each.grad is not None) > 0
+    assert all(each.grad.abs().sum() > 0 for each in discriminator.parameters())
 
 
 def test_checkpointing_and_half_precision(family):

@@ -11,6 +11,7 @@ import torch
 from tiny_training import CPU, assert_equal_runs, failing_at, fit, rows_of, tiny_config, tiny_trainer
 from torch import nn
 
+from libs.backbones.recompute import recompute_activations
 from libs.codecs import PixelCodec
 from libs.data import ImageData
 from libs.errors import UserError
@@ -18,7 +19,7 @@ from libs.processes import Processes
 from libs.training import Batches, Run, diffusion_loss, load_training_data, new_network, validate
 from libs.training.loop import StopSignals
 from libs.training.report import Report
-from libs.training.setup import choose_precision, recompute_activations, start_network
+from libs.training.setup import choose_precision, start_network
 from libs.training.state import Checkpoints
 
 # A run

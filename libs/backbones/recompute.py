@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from torch import nn
 from torch.utils import checkpoint as torch_checkpoint
 
+from ..errors import UserError
+
 OFF = "_disable_adapters"  # the attribute by which peft's layers leave out what was added to them
 
 
@@ -36,3 +38,15 @@ def checkpoint(function: Callable, *args, use_reentrant: bool = False, **options
     if off:
         options["context_fn"] = lambda: (contextlib.nullcontext(), Switched(off))
     return torch_checkpoint.checkpoint(function, *args, use_reentrant=use_reentrant, **options)
+
+
+def recompute_activations(net: nn.Module) -> None:
+    """Trade time for memory: activations are computed again in the backward pass."""
+    blocks = [module for module in net.modules() if hasattr(module, "use_checkpoint")]
+    models = [module for module in net.modules() if getattr(module, "_supports_gradient_checkpointing", False)]
+    if not blocks and not models:
+        raise UserError(f"--config.train.grad_checkpoint=True: {type(net).__name__} has no such option")
+    for block in blocks:
+        block.use_checkpoint = True
+    for model in models:  # diffusers'
+        model.enable_gradient_checkpointing(checkpoint)

@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from .concat import join_concat
 from .uvit import GuidanceEmbedding
 
 
@@ -26,19 +27,27 @@ class UNet2D(UNet2DModel):
     A network with labels counts its null class last: where y is None, every row gets that class.
 
     Arguments are diffusers' and
-        guidance_embed   the guidance scale is an input: `net(x, timesteps, y=None, guidance=None)`, (b,), None is 1
+        guidance_embed    the guidance scale is an input: `net(x, timesteps, y=None, guidance=None)`, (b,), None is 1
+        concat_channels   so many of the `in_channels` are a condition beside x: `net(x, timesteps, concat=...)`,
+                          (b, concat_channels, h, w), None is 0
     """
 
-    def __init__(self, *args, guidance_embed: bool = False, **kwargs):
+    def __init__(self, *args, guidance_embed: bool = False, concat_channels: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
+        if not 0 <= concat_channels < self.config.in_channels:
+            raise ValueError(f"concat_channels={concat_channels} must be fewer than in_channels="
+                             f"{self.config.in_channels}, of which they are a part")
+        self.concat_channels = concat_channels
+        self.register_to_config(concat_channels=concat_channels)
         self.guidance_embedding = None
         if guidance_embed:
             self.add_guidance_input()
 
     # diffusers reads a config.json by the names in the signature.
-    _own = inspect.Parameter("guidance_embed", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+    _own = [inspect.Parameter("guidance_embed", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),
+            inspect.Parameter("concat_channels", inspect.Parameter.KEYWORD_ONLY, default=0, annotation=int)]
     _theirs = inspect.signature(UNet2DModel.__init__)
-    __init__.__signature__ = _theirs.replace(parameters=[*_theirs.parameters.values(), _own])
+    __init__.__signature__ = _theirs.replace(parameters=[*_theirs.parameters.values(), *_own])
     del _own, _theirs
 
     def add_guidance_input(self) -> None:
@@ -59,9 +68,10 @@ class UNet2D(UNet2DModel):
         self.register_to_config(guidance_embed=True)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None,
-                guidance: Tensor | None = None) -> Tensor:
+                guidance: Tensor | None = None, concat: Tensor | None = None) -> Tensor:
         if context is not None:
             raise ValueError("UNet2DModel has no cross-attention: it takes labels y, not a context")
+        x = join_concat(x, concat, self.concat_channels)
         if y is None and self.config.num_class_embeds is not None:
             y = torch.full(x.shape[:1], self.config.num_class_embeds - 1, device=x.device)
         if self.guidance_embedding is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..heads import UEMHeads
 from .attention import choose_attention, sdpa_attention
+from .concat import join_concat
 from .recompute import checkpoint
 
 TOGETHER = 4  # layers whose heads run in one batch
@@ -127,11 +128,13 @@ class UViT(nn.Module):
         attention                        sdpa, xformers or plain
     and, in no published model,
         guidance_embed                   the guidance scale is an input
+        concat_channels                  channels of a condition beside x, which come on top of in_chans
         uem                              AdaDiff's uncertainty heads: released or paper; "" for none
 
-    `net(x, timesteps, y=None, context=None, guidance=None)`: x (b, c, h, w), timesteps (b,) in the unit the
-    network was trained on (a `Denoiser` knows it), y (b,) int64 labels, context (b, tokens, clip_dim),
-    guidance (b,) the scales w of `guidance_embed` (None is 1); returns (b, c, h, w). Tokens stand in the order
+    `net(x, timesteps, y=None, context=None, guidance=None, concat=None)`: x (b, c, h, w), timesteps (b,) in the unit
+    the network was trained on (a `Denoiser` knows it), y (b,) int64 labels, context (b, tokens, clip_dim),
+    guidance (b,) the scales w of `guidance_embed` (None is 1), concat (b, concat_channels, h, w) the condition
+    beside x (None is 0); returns (b, c, h, w). Tokens stand in the order
     [label, time, text, patches]. With `every_layer=True` it returns what every layer would give were it the last, and
     how certain that is: two tensors (layers, b, c, h, w), see `every_head`.
 
@@ -143,7 +146,8 @@ class UViT(nn.Module):
                  depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, qkv_bias: bool = False,
                  mlp_time_embed: bool = False, num_classes: int = -1, conv: bool = True, skip: bool = True,
                  clip_dim: int | None = None, num_clip_token: int = 0, use_checkpoint: bool = False,
-                 attention: str = "sdpa", guidance_embed: bool = False, uem: str = ""):
+                 attention: str = "sdpa", guidance_embed: bool = False, uem: str = "",
+                 concat_channels: int = 0):
         super().__init__()
         for name, whole, part in (("img_size", img_size, patch_size), ("embed_dim", embed_dim, num_heads),
                                   ("depth", depth, 2)):
@@ -151,10 +155,10 @@ class UViT(nn.Module):
                 raise ValueError(f"U-ViT: {name}={whole} must be a multiple of {part}")
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
         self.embed_dim, self.depth, self.num_classes = embed_dim, depth, num_classes
-        self.num_clip_token = num_clip_token
+        self.num_clip_token, self.concat_channels = num_clip_token, concat_channels
         self.num_patches = (img_size // patch_size) ** 2
 
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(patch_size, in_chans + concat_channels, embed_dim)
         self.time_embed = nn.Sequential(
             nn.Linear(embed_dim, 4 * embed_dim), nn.SiLU(), nn.Linear(4 * embed_dim, embed_dim),
         ) if mlp_time_embed else nn.Identity()
@@ -212,9 +216,9 @@ class UViT(nn.Module):
         return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
     def embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None,
-              guidance: Tensor | None = None) -> Tensor:
+              guidance: Tensor | None = None, concat: Tensor | None = None) -> Tensor:
         """Tokens before the first block: (b, extras + patches, d)."""
-        patches = self.patch_embed(x)
+        patches = self.patch_embed(join_concat(x, concat, self.concat_channels))
         time = self.time_embed(timestep_embedding(timesteps, self.embed_dim).to(patches.dtype))
         if self.guidance_embedding is not None:
             time = time + self.guidance_embedding(guidance, x)
@@ -302,8 +306,9 @@ class UViT(nn.Module):
         return out, images(self.lte_classifer(tokens.detach(), time, first)).unflatten(0, size)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None,
-                guidance: Tensor | None = None, every_layer: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
-        layers = self.layers(self.embed(x, timesteps, y, context, guidance))
+                guidance: Tensor | None = None, every_layer: bool = False,
+                concat: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor | None]:
+        layers = self.layers(self.embed(x, timesteps, y, context, guidance, concat))
         if every_layer:
             return self.every_head(layers, self.uem_time(timesteps))
         for tokens in layers:  # noqa: B007, the last is what counts

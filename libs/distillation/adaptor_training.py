@@ -19,10 +19,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..adaptors import make_adaptor
 from ..adaptors.files import save_adaptor
 from ..checkpoint import load_weights
+from ..data.order import DataOrder
 from ..errors import UserError
 from ..policies.clockwork import Clockwork
 from ..training import Run
-from ..training.batches import DataOrder
 from ..training.ema import EMA
 from ..training.loop import INTERRUPTED, TIME_IS_UP, StopSignals
 from ..training.optimizer import learning_rate, load_optimizer_state, make_optimizer

@@ -20,6 +20,7 @@ from ..errors import UserError, choose
 from ..random import Stream, uniform
 from ..schedule import Schedule, time_grid
 from ..training.batches import Batch
+from ..training.objective import training_times
 from .flash_losses import GAN, dmd_loss, make_distance
 from .flash_rollout import SOLVER_ORDERS, Teacher, teacher_rollout
 from .flash_stages import Stage, stage_at
@@ -147,8 +148,7 @@ class Flash:
 
     def _dmd(self, student: Denoiser, teacher: Teacher, f: Tensor, batch: Batch) -> Tensor:
         """L_DMD at a time uniform on the schedule."""
-        t, steps = batch.uniform(Stream.FLASH_DMD_TIME), self.teacher.schedule.steps
-        t = t if steps is None else (torch.floor(t * steps) + 1) / steps
+        t = training_times(self.teacher, batch, Stream.FLASH_DMD_TIME)
         with torch.no_grad():
             x_t = self.teacher.diffuse(f, batch.noise(Stream.FLASH_DMD_NOISE), t)
             fake, real = student(x_t, t, batch.cond).x_0, teacher(x_t, t).x_0

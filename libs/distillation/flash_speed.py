@@ -16,12 +16,13 @@ from absl import flags as absl_flags
 
 from .. import cli
 from ..build import load_model, make_denoiser
+from ..codecs import make_codec
 from ..errors import UserError
 from ..files import atomic_path
 from ..provenance import machine
 from ..training import choose_precision
 from .flash import draw_starts
-from .flash_training import FlashSetup, check
+from .flash_training import FlashSetup, check, null_condition
 from .speed import in_turns, random_batch
 
 
@@ -38,7 +39,8 @@ def measure(config, checkpoint: str | None, batch_size: int, repeats: int, devic
     start = str(checkpoint or config.checkpoint)
     net, held = load_model(config, start)
     precision = choose_precision(config)
-    setup = FlashSetup(config, stages, net, held, start, precision, device)
+    codec, null = make_codec(held["codec"], device), null_condition(held["cond"], None)
+    setup = FlashSetup(config, stages, net, held, start, codec, null, precision, device)
     net = setup.student.to(device).train()
     flash, teacher = setup.objective, setup.teacher
     student = make_denoiser(torch.compile(net) if config.compute.compile else net, setup.description, precision, device)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..build import MODEL_SECTIONS, adopt_sampler, load_model, make_denoiser, prepare_backbone
 from ..cli import choose_device, output_dir
-from ..codecs import make_codec
+from ..codecs import Codec, make_codec
+from ..conditioners import unconditional
 from ..config import override
 from ..data.images import save_png
 from ..errors import UserError, choose
@@ -53,7 +54,8 @@ def check(config: ConfigDict, processes: int) -> list[Stage]:
     if config.policy.name != "full":
         raise UserError(f"policy.name={config.policy.name!r}: a student learns from the whole network; leave the "
                         "policy out, and use it when the student samples")
-    validate(config, processes)
+    numbers = {"train": config.train, "eval": config.eval, "seed": config.seed, "cond": {"drop": 0.0}}
+    validate(ConfigDict(numbers), processes)
     return read_stages(section)
 
 
@@ -66,6 +68,8 @@ def null_condition(cond: Mapping[str, Any], empty: Tensor | None) -> Callable[[d
         return lambda held: {"y": torch.full_like(held["y"], cond["null_label"])}
     if cond["kind"] == "text" and empty is not None:
         return lambda held: {"context": empty.expand_as(held["context"])}
+    if cond["kind"] == "image" and cond["drop"] > 0:
+        return lambda held: unconditional(held, cond["null_label"])
     return None
 
 
@@ -103,11 +107,11 @@ class FlashSetup:
 
     net, held   the teacher's network on the CPU, and its description; `net` itself becomes the student
     start       what --checkpoint named, for a LoRA's description
-    empty       (tokens, width) of the empty text, or None
+    codec       of the images, null: what the teacher is guided against, see `null_condition`
     """
 
     def __init__(self, config: ConfigDict, stages: list[Stage], net: nn.Module, held: Mapping[str, Any], start: str,
-                 precision: str, device: torch.device, empty: Tensor | None = None):
+                 codec: Codec, null: Callable[[dict], dict] | None, precision: str, device: torch.device):
         section = config.distill
         torch.manual_seed(config.seed)  # of what is new: LoRA and discriminator
         self.stages, self.solver = stages, section.teacher_solver
@@ -119,16 +123,14 @@ class FlashSetup:
             called = frozen = hold(copy.deepcopy(net).requires_grad_(False).eval(), precision)
             prepare_backbone(frozen, {**config.compute, "compile": False}, device)
         self.teacher = make_denoiser(called, held, precision, device)
-        self.null = null_condition(held["cond"], empty)
-        features = discriminator = None
+        image, features, discriminator = held["image"], None, None
         if any(stage.adversarial for stage in stages):
-            image, codec = held["image"], make_codec(held["codec"], device)
             features = TeacherFeatures(self.teacher, frozen, section.discriminator_features)
             shape = codec.latent_shape(image["size"], image["channels"])
             discriminator = make_discriminator(section, *feature_shape(frozen, shape, section.discriminator_features))
         policy = rollout_policy(section.teacher_policy)
-        self.objective = Flash(stages, self.teacher, self.null, features, discriminator, section,
-                               cached=policy and partial(cached, frozen, policy))
+        self.objective = Flash(stages, self.teacher, null, features, discriminator, section, codec.pixels,
+                               policy and partial(cached, frozen, policy))
         self.objective.lr_factor = section.discriminator_lr / config.train.lr
         adopt_sampler(config, self.description)
 
@@ -196,20 +198,31 @@ def distil(config: ConfigDict, workdir: str, checkpoint: str | None, began: floa
     """
     processes = Processes(choose_device(config.compute.device))
     stages = check(config, processes.count)
-    precision = choose_precision(config)
-    start = str(checkpoint or config.checkpoint)
+    start = config.pipeline.path if "pipeline" in config else str(checkpoint or config.checkpoint)
     run = Run(output_dir(workdir, "workdir"), config, start, processes)
+    if "pipeline" in config:
+        from .flash_pipeline import distil_pipeline  # diffusers takes seconds to import
+
+        status = distil_pipeline(config, stages, run, began)
+    else:
+        status = distil_chain(config, stages, run, began)
+    processes.close()
+    return status
+
+
+def distil_chain(config: ConfigDict, stages: list[Stage], run: Run, began: float) -> int:
+    """The same of a chain's model, in `run`."""
+    processes, precision = run.processes, choose_precision(config)
     saved = run.resume()
     if saved is not None and saved.step >= config.train.steps:
         logging.info("%s is finished: %d steps; a larger --config.train.steps goes on", run.workdir, saved.step)
         return 0
-    net, held = without_heads(*load_model(config, start))
+    net, held = without_heads(*load_model(config, run.start))
     refuse_other_schedule(config, held)
     data = load_training_data(config.data, held, processes.device)
-    setup = FlashSetup(config, stages, net, held, start, precision, processes.device,
-                       getattr(data, "empty_context", None))
+    codec = make_codec(held["codec"], processes.device)
+    null = null_condition(held["cond"], getattr(data, "empty_context", None))
+    setup = FlashSetup(config, stages, net, held, run.start, codec, null, precision, processes.device)
     trainer = FlashTrainer(config, run, setup, precision)
     trainer.restore(saved)
-    status = trainer.train(data, began)
-    processes.close()
-    return status
+    return trainer.train(data, began)

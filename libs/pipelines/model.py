@@ -19,8 +19,8 @@ from transformers.utils import logging as transformers_logging
 from ..codecs import KLCodec
 from ..errors import UserError, choose
 from ..hub import quiet
+from .loading import load_pipeline
 from .networks import PipelineNet, PixArtNet, StableDiffusion3Net, StableDiffusionNet
-from .sampling import load_pipeline
 
 CHUNK = 4  # texts in one call of the text encoders, always: the last bits depend on their number
 BETAS = {"scaled_linear": "scaled_linear", "linear": "ddpm_linear", "squaredcos_cap_v2": "squared_cosine"}
@@ -131,8 +131,8 @@ class PipelineCodec(KLCodec):
     def encode_moments(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         return super().encode_moments(moments, noise) - self.scale_factor * self.shift
 
-    def decode(self, x: Tensor) -> Tensor:
-        return super().decode(x.to(self.device).float() + self.scale_factor * self.shift)
+    def pixels(self, x: Tensor) -> Tensor:
+        return super().pixels(x.to(self.device).float() + self.scale_factor * self.shift)
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def describe_scheduler(scheduler: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises UserError for betas or predictions of another kind.
     """
     config, name = scheduler.config, type(scheduler).__name__
-    if name.startswith("FlowMatch"):
+    if "shift" in config:  # it matches flows
         if config.use_dynamic_shifting:
             raise UserError(f"{name}: use_dynamic_shifting=True is not supported; only a fixed shift is")
         denoiser = {"prediction": "flow", "time_input": "1000sigma", "time_scale": config.num_train_timesteps / 1000}

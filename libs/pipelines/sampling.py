@@ -6,7 +6,6 @@ always makes `rows` images, the last group padded.
 """
 
 import contextlib
-import inspect
 import json
 import math
 import time
@@ -15,7 +14,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import PartialState
 from diffusers.utils import logging as diffusers_logging
@@ -30,41 +28,14 @@ from ..data.folder import list_images
 from ..data.images import image_grid
 from ..errors import UserError, choose
 from ..files import reason
-from ..hub import find_model, model_id, quiet
+from ..hub import model_id, quiet
 from ..image_folder import ImageFolder
 from ..policies import make_spec
 from ..prompts import prompts_id, prompts_of
 from ..provenance import file_sha256, machine
 from .apply import Handle, apply_policy
+from .loading import CONTROLS, load_pipeline
 
-FAMILIES = {
-    "sd15": diffusers.StableDiffusionPipeline,
-    "sdxl": diffusers.StableDiffusionXLPipeline,
-    "controlnet": diffusers.StableDiffusionControlNetPipeline,
-    "sdxl_adapter": diffusers.StableDiffusionXLAdapterPipeline,
-    "pixart": diffusers.PixArtAlphaPipeline,
-    "sd3": diffusers.StableDiffusion3Pipeline,
-}
-CHECKED = ("sd15", "controlnet")  # families that come with a safety checker, which is left out
-CONTROLS = {  # field of the section that names a network steered by images -> (its class, the call's factor)
-    "controlnet": (diffusers.ControlNetModel, "controlnet_conditioning_scale"),
-    "adapter": (diffusers.T2IAdapter, "adapter_conditioning_scale"),
-}
-SCHEDULERS = {  # name -> (class, its options); None leaves the pipeline's own
-    "own": None,
-    "ddim": (diffusers.DDIMScheduler, {}),
-    "ddpm": (diffusers.DDPMScheduler, {}),
-    "dpm_solver": (diffusers.DPMSolverMultistepScheduler,
-                   {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
-    "dpm_solver_pp": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-    "euler": (diffusers.EulerDiscreteScheduler, {}),
-    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
-    "heun": (diffusers.HeunDiscreteScheduler, {}),
-    "lcm": (diffusers.LCMScheduler, {}),
-    "flow_lcm": (diffusers.FlowMatchLCMScheduler, {}),
-    "pndm": (diffusers.PNDMScheduler, {}),
-    "unipc": (diffusers.UniPCMultistepScheduler, {}),
-}
 PAIRS = 8  # seeds in the picture of a comparison at most
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -145,6 +116,8 @@ class PipelineSampler:
             options |= {"image": [_read_image(file) for file in files],
                         CONTROLS[self.steered_by][1]: section.control_scale}
         generators = [torch.Generator().manual_seed(seed) for seed in padded]
+        if section.scheduler == "flow_lcm":
+            self.pipe.scheduler.generators = generators
         images = self.pipe(**options, generator=generators, output_type="pt").images[:count]  # b 3 h w in 0 ... 1
         levels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
         return levels.permute(0, 2, 3, 1).contiguous().cpu()  # b h w c
@@ -156,30 +129,6 @@ class PipelineSampler:
         for start in range(0, len(seeds), batch_size):
             batch = list(seeds[start:start + batch_size])
             yield batch, torch.cat([self.sample(batch[i:i + self.rows]) for i in range(0, len(batch), self.rows)])
-
-
-def load_pipeline(section: Mapping):
-    """(pipeline, {role: folder of its model}) of a config's `pipeline` section, on the host and silent."""
-    family = choose("pipeline.name", section["name"], FAMILIES)
-    scheduler = choose("pipeline.scheduler", section["scheduler"], SCHEDULERS)
-    held: dict[str, Any] = {"use_safetensors": True, "variant": section["variant"] or None}
-    parts = {"safety_checker": None, "requires_safety_checker": False} if section["name"] in CHECKED else {}
-    with quiet(diffusers_logging, transformers_logging):
-        folders = {"pipeline": find_model(section["path"], "pipeline.path",
-                                          lambda name: family.download(name, **held, **parts))}
-        _refuse_class(family, folders["pipeline"], section["path"])
-        for field in CONTROLS:
-            if field in section:
-                folders[field] = find_model(section[field], f"pipeline.{field}")
-                parts[field] = _load(CONTROLS[field][0], folders[field], section[field], f"pipeline.{field}",
-                                     use_safetensors=True)
-        pipe = _load(family, folders["pipeline"], section["path"], "pipeline.path", **held, **parts)
-        if scheduler is not None:
-            kind, options = scheduler
-            _refuse_scheduler(section["scheduler"], kind, pipe.scheduler)
-            pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, folders
 
 
 def compare(sampler: PipelineSampler, seeds: Sequence[int], folder: ImageFolder,
@@ -253,35 +202,6 @@ def _check(section: Mapping, compute: Mapping) -> None:
             raise UserError(f"pipeline.{side}={section[side]} must be a multiple of {factor}, or 0 for the model's own")
     if bool(section["height"]) != bool(section["width"]):  # diffusers would take its own for both
         raise UserError(f"pipeline.height={section['height']}, pipeline.width={section['width']}: give both or none")
-
-
-def _refuse_class(family: type, folder: Path, name: str) -> None:
-    """Name the classes that there are, where the folder holds a pipeline with parts that `family` does not know."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        held, parts = index["_class_name"], {key for key, each in index.items() if isinstance(each, list) and any(each)}
-    except (OSError, ValueError, KeyError, AttributeError):
-        return  # no pipeline at all, which loading tells
-    if not parts <= inspect.signature(family).parameters.keys():
-        raise UserError(f"pipeline.path={name!r} holds a {held}, not a {family.__name__}; the field pipeline.name "
-                        f"chooses from {', '.join(f'{key} ({each.__name__})' for key, each in FAMILIES.items())}")
-
-
-def _refuse_scheduler(name: str, kind: type, own: Any) -> None:
-    """A scheduler of betas would silently take its own for a model that matches flows, and the other way round."""
-    flow = type(own).__name__.startswith("FlowMatch")
-    if kind.__name__.startswith("FlowMatch") != flow:
-        fitting = [key for key, each in SCHEDULERS.items() if each is None or (key == "flow_lcm") == flow]
-        raise UserError(f"pipeline.scheduler={name!r} does not fit the model's {type(own).__name__}; choose from "
-                        f"{', '.join(fitting)}")
-
-
-def _load(kind, folder: Path, name: str, field: str, **options):
-    try:
-        return kind.from_pretrained(folder, **options)
-    # What diffusers raises for files that are missing, damaged, or of another kind of model.
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{field}={name!r} holds no {kind.__name__} ({reason(error)})") from error
 
 
 def _control_files(path: str | None, wanted: bool) -> list[Path]:

@@ -37,8 +37,8 @@ def truncated(net: UViT, depth: int) -> Callable[..., Tensor]:
     blocks = net.block_list()[:depth]
 
     def forward(x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None,
-                guidance: Tensor | None = None) -> Tensor:
-        tokens, skips = net.embed(x, timesteps, y, context, guidance), []
+                guidance: Tensor | None = None, concat: Tensor | None = None) -> Tensor:
+        tokens, skips = net.embed(x, timesteps, y, context, guidance, concat), []
         for layer, block in enumerate(blocks, start=1):
             tokens = run_layer(net, block, layer, tokens, skips)
         return net.head(tokens)

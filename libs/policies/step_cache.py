@@ -23,7 +23,7 @@ from .trees import equal, map_beside, own_copy, own_lists, repeat_argument, sign
 ROOT = "step_cache"  # name of the hook on the network itself
 BATCHED = ("encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask", "added_cond_kwargs",
            "down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals",
-           "encoder_attention_mask", "y", "context", "guidance")  # arguments with one row an image
+           "encoder_attention_mask", "y", "context", "guidance", "concat", "vector")  # arguments with one row an image
 
 
 class Settings(Protocol):

@@ -76,9 +76,6 @@ class Autoencoder(nn.Module):
         mean, logvar = self.encode(x)
         return self.decode(mean + (0.5 * logvar).exp() * noise), mean, logvar
 
-    def enable_gradient_checkpointing(self) -> None:
-        self.vae.enable_gradient_checkpointing()
-
 
 class AutoencoderLoss:
     """The loss above, an `Objective`: `loss(denoiser, batch) -> (b,)`, where the denoiser's network is an `Autoencoder`

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codecs import Codec
-from ..contexts import refuse_other_kind
+from ..codecs import Codec, PixelCodec
+from ..conditioners import Draws, make_conditioners
+from ..contexts import KINDS, refuse_other_kind
 from ..data import ImageData, load_data
 from ..data.feature_data import FeatureData
+from ..data.order import DataOrder
+from ..data.shards import ShardData
 from ..errors import UserError, choose
-from ..random import Stream, normal, random_bits, uniform
+from ..random import Stream, normal, uniform
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Batch:
     """What an objective sees of one part of a step.
 
     x_0        (b, c, h, w) float32 on the device, encoded
-    cond       {"y": (b,) int64} with some labels dropped, {"context": (b, tokens, width)} with some texts, or None
+    cond       {"y": (b,) int64} with some labels dropped, {"context": (b, tokens, width)} with some texts, what
+               conditioners make of the images, or None
     positions  (b,) int64 on the host, of the samples in the training sequence
     seed       of the training; with a position it decides every random number
     step       updates done before this one
@@ -46,70 +50,56 @@ class Batch:
         return uniform(torch.full_like(self.positions, self.seed), self.positions, (), stream)
 
 
-class DataOrder:
-    """Which of n images stands at a position of the training sequence."""
-
-    def __init__(self, n: int, seed: int):
-        self.n, self.seed = n, seed
-        self._epochs: dict[int, Tensor] = {}
-
-    def __call__(self, positions: Tensor) -> Tensor:
-        """(b,) int64 positions -> (b,) int64 indices of images."""
-        epochs, offsets = positions // self.n, positions % self.n
-        wanted = epochs.unique().tolist()
-        self._epochs = {epoch: self._epochs.get(epoch, None) for epoch in wanted}
-        indices = torch.empty_like(positions)
-        for epoch in wanted:
-            if self._epochs[epoch] is None:
-                self._epochs[epoch] = self._permutation(epoch)
-            inside = epochs == epoch
-            indices[inside] = self._epochs[epoch][offsets[inside]]
-        return indices
-
-    def _permutation(self, epoch: int) -> Tensor:
-        high, low = random_bits(torch.tensor([self.seed]), epoch, Stream.DATA_ORDER, 2)[0].tolist()
-        generator = torch.Generator().manual_seed((high << 31) ^ low)
-        return torch.randperm(self.n, generator=generator)
-
-
 class Batches:
     """`parts(step)` yields this process's share of a step's batch, cut into `accumulate` parts.
 
     cond         a description's `cond` section: at the rate `drop` labels (kind label) are replaced by `null_label`,
-                 texts (kind text) by the empty one
+                 texts (kind text) by the empty one, and what conditioners make of images (kind image) by zeros
     flip         mirror half of the images; features hold the flips that they were made with
     rank, count  of the processes; batch_size is a multiple of count x accumulate
     """
 
-    def __init__(self, data: ImageData | FeatureData, codec: Codec, cond: Mapping, flip: bool, seed: int,
+    def __init__(self, data: ImageData | FeatureData | ShardData, codec: Codec, cond: Mapping, flip: bool, seed: int,
                  batch_size: int, accumulate: int = 1, rank: int = 0, count: int = 1):
         assert batch_size % (count * accumulate) == 0, (batch_size, count, accumulate)
         self.data, self.codec, self.cond, self.flip, self.seed = data, codec, cond, flip, seed
         self.batch_size, self.accumulate = batch_size, accumulate
         self.share = batch_size // count
         self.first = rank * self.share
-        self.order = DataOrder(len(data), seed)
+        self.order = data.order(seed) if isinstance(data, ShardData) else DataOrder(len(data), seed)
+        self.conditioners = None
+        if cond["kind"] == "image":
+            size = codec.latent_shape(data.image_shape[0], data.image_shape[2])[1:]
+            self.conditioners = make_conditioners(cond, size, data.device)
 
     def parts(self, step: int) -> Iterator[Batch]:
+        positions = [*self._positions(step), *self._positions(step + 1)]
+        for part in range(self.accumulate):
+            batch = self._batch(positions[part], step)
+            if isinstance(self.data, ShardData):  # decoded while this one is in use
+                self.data.prefetch(self.order(positions[part + 1]))
+            yield batch
+
+    def _positions(self, step: int) -> Sequence[Tensor]:
         start = step * self.batch_size + self.first
-        for positions in torch.arange(start, start + self.share).chunk(self.accumulate):
-            yield self._batch(positions, step)
+        return torch.arange(start, start + self.share).chunk(self.accumulate)
 
     def _batch(self, positions: Tensor, step: int) -> Batch:
         indices = self.order(positions)
         held, labels = self.data.batch(indices)  # images b h w c, or moments b 2c h w
         draws = Batch(held, None, positions, self.seed, step)
-        x_0 = (self._latents if isinstance(self.data, FeatureData) else self._encoded)(draws)
-        return Batch(x_0, self._cond(draws, indices, labels), positions, self.seed, step)
+        if isinstance(self.data, FeatureData):
+            x_0 = self._latents(draws, held)
+        else:
+            if self.flip:
+                held = torch.where(self._chosen(draws, Stream.TRAIN_FLIP, 0.5, held), held.flip(2), held)
+            x_0 = self._encoded(draws, held)
+        return Batch(x_0, self._cond(draws, held, indices, labels), positions, self.seed, step)
 
-    def _latents(self, draws: Batch) -> Tensor:
-        moments = draws.x_0
+    def _latents(self, draws: Batch, moments: Tensor) -> Tensor:
         return self.codec.encode_moments(moments, self._encoding_noise(draws, moments.chunk(2, dim=1)[0].shape[1:]))
 
-    def _encoded(self, draws: Batch) -> Tensor:
-        images = draws.x_0
-        if self.flip:
-            images = torch.where(self._chosen(draws, Stream.TRAIN_FLIP, 0.5, images), images.flip(2), images)
+    def _encoded(self, draws: Batch, images: Tensor) -> Tensor:
         shape = self.codec.latent_shape(images.shape[1], images.shape[3])
         return self.codec.encode(images, self._encoding_noise(draws, shape) if self.codec.takes_noise else None)
 
@@ -117,9 +107,14 @@ class Batches:
         keys = draws.positions.to(self.data.device, non_blocking=True)
         return normal(torch.full_like(keys, self.seed), keys, tuple(shape), Stream.ENCODE)
 
-    def _cond(self, draws: Batch, indices: Tensor, labels: Tensor | None) -> dict[str, Tensor] | None:
+    def _cond(self, draws: Batch, images: Tensor, indices: Tensor,
+              labels: Tensor | None) -> dict[str, Tensor] | None:
         if self.cond["kind"] == "none":
             return None
+        if self.conditioners is not None:
+            inputs = {"image": PixelCodec().encode(images)} | ({"label": labels} if self.cond["num_classes"] else {})
+            seeds = torch.full_like(draws.positions, self.seed)
+            return self.conditioners(inputs, Draws(seeds, draws.positions), drop=True)
         if self.cond["kind"] == "label":
             name, value, null = "y", labels, self.cond["null_label"]
         else:
@@ -145,7 +140,7 @@ def load_training_data(section: Mapping, description: Mapping, device: torch.dev
     if (options["image_size"], options["channels"]) != (image["size"], image["channels"]):
         raise UserError(f"data.image_size={options['image_size']}, data.channels={options['channels']}: this network "
                         f"is for images of {image['size']}x{image['size']}x{image['channels']}")
-    choose("cond.kind", cond["kind"], ("none", "label", "text"))
+    choose("cond.kind", cond["kind"], KINDS)
     refuse_other_kind(description)
     data = load_data(**options).to(device)
     if isinstance(data, FeatureData):
@@ -153,7 +148,9 @@ def load_training_data(section: Mapping, description: Mapping, device: torch.dev
     elif cond["kind"] == "text":
         raise UserError(f"cond.kind='text': the data set {section['name']!r} gives no texts' embeddings; make features "
                         "of it by prepare_data.py, and choose data.name=features")
-    if cond["kind"] == "label":
+    if cond["kind"] == "image" and isinstance(data, FeatureData):
+        raise UserError("cond.kind='image': the conditions are made of images, and data.name='features' holds latents")
+    if cond["kind"] == "label" or (cond["kind"] == "image" and cond["num_classes"]):
         _check_labels(data, section, description)
     return data
 

@@ -23,6 +23,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from .. import cli
+from ..backbones.recompute import recompute_activations
 from ..benchmark import PeakMemory, synchronize
 from ..build import make_denoiser, prepare_backbone
 from ..errors import UserError
@@ -33,7 +34,7 @@ from ..random import Stream, normal
 from .batches import Batch
 from .objective import Objective, diffusion_loss
 from .optimizer import make_optimizer
-from .setup import choose_precision, make_objective, recompute_activations, start_network
+from .setup import choose_precision, make_objective, start_network
 
 WARM_UP = 2  # rounds
 

@@ -20,11 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..backbones.recompute import recompute_activations
 from ..build import make_chain, make_denoiser, prepare_backbone
 from ..checkpoint import learned_state, load_learned
 from ..contexts import DataContexts
 from ..data import ImageData
 from ..errors import UserError
+from ..generate import Chain
 from .batches import Batches
 from .ema import EMA
 from .objective import Objective, beside
@@ -32,7 +34,7 @@ from .optimizer import learning_rate, load_optimizer_state, make_optimizer, para
 from .quality import Quality, is_better
 from .report import Report
 from .run import NEVER, Run, refuse_failure
-from .setup import recompute_activations, with_precision
+from .setup import with_precision
 from .state import Saved
 
 TIME_IS_UP, INTERRUPTED = 1, 2  # why a run stops before its last step
@@ -70,7 +72,7 @@ class Trainer:
         for group in parameter_groups(self.beside, self.section.weight_decay):
             self.optimizer.add_param_group(group | {"factor": getattr(objective, "lr_factor", 1.0)})
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.chain = make_chain(with_precision(config, precision), self.ema.net, description, device)
+        self.chain = self._make_chain(with_precision(config, precision))
         self.quality = Quality(config, self.chain, self.processes) if self.section.eval_every else None
         self.step, self.seconds, self.best, self.images = 0, 0.0, None, None
         self.failed_step = torch.tensor(NEVER, device=device)  # of this process
@@ -99,13 +101,10 @@ class Trainer:
         Raises UserError, naming the step, when a loss is not finite; nothing is saved after that step.
         """
         self._same_data(data)
-        if self.description["cond"]["kind"] == "text":
-            self.chain.show(DataContexts(data))
+        self._show(data)
         self.run.claim()
         section, processes = self.section, self.processes
-        self.batches = Batches(data, self.chain.codec, self.description["cond"], self.config.data.flip,
-                               self.config.seed, section.batch_size, section.accumulate, processes.rank,
-                               processes.count)
+        self.batches = self._make_batches(data)
         self.report = Report(self.run.workdir, self.step) if processes.is_main else None
         limit = began + 60 * section.max_minutes if section.max_minutes else math.inf
         self.logged_at = self.step
@@ -123,6 +122,22 @@ class Trainer:
             self.report.close()
             self._say_goodbye(stop)
         return 130 if stop == INTERRUPTED else 0
+
+    def _make_chain(self, config: Mapping[str, Any]) -> Chain:
+        """What the averaged weights sample by."""
+        return make_chain(config, self.ema.net, self.description, self.device)
+
+    def _show(self, data: ImageData) -> None:
+        """Let the chain make images of the texts, or the conditions, of the training set."""
+        if self.description["cond"]["kind"] == "text":
+            self.chain.show(DataContexts(data))
+        elif self.description["cond"]["kind"] == "image":
+            self.chain.show_images(data)
+
+    def _make_batches(self, data: ImageData, kind: type[Batches] = Batches, *options) -> Batches:
+        section, processes = self.section, self.processes
+        return kind(*options, data, self.chain.codec, self.description["cond"], self.config.data.flip, self.config.seed,
+                    section.batch_size, section.accumulate, processes.rank, processes.count)
 
     def _update(self) -> None:
         """One optimizer update on one global batch."""

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
+from ..random import Stream
 from .batches import Batch
 
 Objective = Callable[[Denoiser, Batch], Tensor]
 
 
-def training_times(denoiser: Denoiser, batch: Batch) -> Tensor:
+def training_times(denoiser: Denoiser, batch: Batch, stream: Stream = Stream.TRAIN_TIME) -> Tensor:
     """t (b,), uniform on (0, 1), or on the steps 1/N, 2/N, ..., 1 of a discrete schedule; float64, on the host."""
-    t, steps = batch.uniform(), denoiser.schedule.steps
+    t, steps = batch.uniform(stream), denoiser.schedule.steps
     return t if steps is None else (torch.floor(t * steps) + 1) / steps
 
 

@@ -10,7 +10,7 @@ from ..generate import Chain
 from ..processes import Processes
 from ..seeds import parse_labels
 
-RISING = ("precision", "recall", "class_accuracy")  # better when larger
+RISING = ("precision", "recall", "class_accuracy", "psnr")  # better when larger
 
 
 class Quality:
@@ -25,7 +25,8 @@ class Quality:
         self.seeds = list(range(config.train.eval_images))
         blank = chain.codec.decode(torch.zeros(1, *chain.shape, device=chain.device))  # 1 h w c
         self._fresh = Metrics(Request(config.eval, len(self.seeds), tuple(blank.shape[1:]), chain.device, config.data,
-                                      chain.num_classes, with_reference=processes.is_main))
+                                      chain.num_classes, with_reference=processes.is_main,
+                                      shown=chain.conditioners is not None))
 
     def measure(self) -> dict[str, float]:
         """{metric: value} on the main process, {} on others."""

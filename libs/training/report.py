@@ -39,11 +39,15 @@ class Report:
             self.board.add_scalar(name, value, step)
 
     def picture(self, step: int, chain: Chain, count: int) -> None:
-        """previews/{step}.png: images of the seeds 0 to count - 1, labels in turn, or the chain's texts."""
+        """previews/{step}.png: images of the seeds 0 to count - 1, labels in turn, or the chain's texts;
+        those of a model of images between condition and original.
+        """
         seeds = list(range(count))
         batches = chain.images(seeds, parse_labels(None, seeds, chain.num_classes))
         images = torch.cat([images.cpu() for _, images in batches])
         columns = chain.num_classes if 0 < chain.num_classes <= 16 else math.ceil(count**0.5)
+        if chain.shown is not None:
+            images = chain.shown.beside(seeds, images)
         grid = image_grid(images, columns, upscale=max(1, 32 // images.shape[1]))
         save_png(self.workdir / "previews" / f"{step:08d}.png", grid)
         self.board.add_image("preview", grid, step, dataformats="HWC")

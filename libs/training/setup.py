@@ -174,18 +174,6 @@ def _sampled_times(description: Mapping[str, Any], schedule: Schedule) -> Tensor
     return evaluation_times(make_sampler(**section), make_times(section, schedule), schedule)
 
 
-def recompute_activations(net: nn.Module) -> None:
-    """Trade time for memory: activations are computed again in the backward pass."""
-    if hasattr(net, "enable_gradient_checkpointing"):  # diffusers
-        net.enable_gradient_checkpointing()
-        return
-    blocks = [module for module in net.modules() if hasattr(module, "use_checkpoint")]
-    if not blocks:
-        raise UserError(f"--config.train.grad_checkpoint=True: {type(net).__name__} has no such option")
-    for block in blocks:
-        block.use_checkpoint = True
-
-
 def with_precision(config: Mapping, precision: str) -> dict[str, Any]:
     """The config as `make_chain` reads it, in the precision that the training runs in."""
     return {**config, "compute": {**config["compute"], "precision": precision}}

@@ -1,0 +1,172 @@
+"""All conditioners of a network together, joined by what the network takes them for."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, choose
+from ..factory import load_function
+from ..random import Stream
+from .adapters import Conditioner, Draws, Label
+from .tasks import Inpainting, SuperResolution
+
+TASK = "cond.task"
+OF_IMAGES = ("task", "factor", "masks")  # fields of the cond section that only kind image has
+KINDS = {1: "y", 2: "vector", 3: "context", 4: "concat"}  # rank -> keyword argument of the network
+JOINED = {"vector": 1, "context": 2, "concat": 1}  # dimension in which several are joined
+RANKS = "(b,) int64 labels, (b, d) a vector, (b, tokens, width) a context or (b, c, h, w) beside x"
+
+
+class Conditioners:
+    """`conditioners(inputs, draws)` -> the network's keyword arguments, each (b, ...).
+
+    parts        conditioners; vectors and images are joined by their channels, contexts by their width
+    null_label   that stands for no label; -1 where there is none
+    settings     fields of the `cond` section that decide them; `task` is what a UserError names
+    """
+
+    def __init__(self, parts: Sequence[Conditioner], null_label: int = -1, settings: Mapping[str, Any] | None = None):
+        self.parts, self.null_label, self.settings = list(parts), null_label, dict(settings or {})
+        self.field = f"{TASK}={self.settings['task']!r}" if self.settings else TASK
+
+    @property
+    def reads(self) -> set[str]:
+        return {each.reads for each in self.parts}
+
+    @property
+    def guidable(self) -> bool:
+        """Whether training shows the network all conditions left out, so that there is something to guide against."""
+        return all(each.rate > 0 for each in self.parts) and ("label" not in self.reads or self.null_label >= 0)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Any], draws: Draws, drop: bool = False) -> dict[str, Tensor]:
+        """inputs: what the conditioners read, by name, b of each.
+
+        drop: leave conditions out at their rates, as in training. One number decides for all conditioners of a row:
+        those of equal rates are left out together, since guidance needs rows that have none.
+        """
+        held: dict[str, list[Tensor]] = {}
+        left_out = draws.uniform(1, Stream.TRAIN_DROP)[:, 0] if drop else None
+        for each in self.parts:
+            if each.reads not in inputs:
+                raise UserError(f"{self.field}: {_name(each)} reads {each.reads!r}, which is not there; choose from "
+                                f"{', '.join(inputs)} (label: where cond.num_classes is set)")
+            out = each(inputs[each.reads], draws)
+            kind = self._kind(each, out, len(draws.seeds))
+            if left_out is not None and each.rate:
+                rows = (left_out < each.rate).to(out.device, non_blocking=True).view(-1, *[1] * (out.dim() - 1))
+                out = torch.where(rows, _null(out, self.null_label), out)
+            held.setdefault(kind, []).append(out)
+        return {kind: self._joined(kind, outs) for kind, outs in held.items()}
+
+    def picture(self, images: Tensor, draws: Draws) -> tuple[str, Tensor] | None:
+        """(its name, (b, c, H, W)) of the first condition that can be seen."""
+        for each in self.parts:
+            picture = each.picture(images, draws) if each.reads == "image" else None
+            if picture is not None:
+                return each.sees_as, picture
+        return None
+
+    def hole(self, images: Tensor, draws: Draws) -> Tensor | None:
+        """(b, 1, H, W) bool: the pixels that the network makes; None for all."""
+        holes = [each.hole(images, draws) for each in self.parts if each.reads == "image"]
+        return next((hole for hole in holes if hole is not None), None)
+
+    def check(self, net: nn.Module, image: Mapping[str, int], size: tuple[int, int], labelled: bool = False) -> None:
+        """Try one black image: a UserError for what the network does not take.
+
+        image: a description's section. size: (h, w) of the network's x. labelled: images come with labels.
+        """
+        device = next((each.device for each in net.parameters()), torch.device("cpu"))
+        inputs = {"image": -torch.ones(1, image["channels"], image["size"], image["size"], device=device)}
+        if labelled:
+            inputs["label"] = torch.zeros(1, dtype=torch.long, device=device)
+        cond = self(inputs, Draws(*torch.zeros(2, 1, dtype=torch.long)))
+        taken = inspect.signature(net.forward).parameters.values()
+        if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken):
+            for name in cond:
+                if name not in {each.name for each in taken}:
+                    raise UserError(f"{self.field}: it gives the condition {name!r}, which this {type(net).__name__} "
+                                    "does not take")
+        channels, concat = getattr(net, "concat_channels", 0), cond.get("concat")
+        given = 0 if concat is None else concat.shape[1]
+        if given != channels:
+            raise UserError(f"{self.field}: it gives {given} channels beside x, this network takes {channels} "
+                            "(backbone.concat_channels)")
+        if concat is not None and concat.shape[2:] != size:
+            raise UserError(f"{self.field}: it gives {_by(concat.shape[2:])} pixels beside x, which has {_by(size)}")
+
+    def _kind(self, each: Conditioner, out: Any, rows: int) -> str:
+        shape = tuple(out.shape) if isinstance(out, Tensor) else None
+        fits = shape and len(shape) in KINDS and shape[0] == rows and (len(shape) > 1) == out.is_floating_point()
+        if not fits:
+            found = type(out).__name__ if shape is None else f"{shape} {str(out.dtype).removeprefix('torch.')}"
+            raise UserError(f"{self.field}: {_name(each)} gives {found} for b={rows}; want {RANKS}")
+        return KINDS[len(shape)]
+
+    def _joined(self, kind: str, outs: list[Tensor]) -> Tensor:
+        if len(outs) == 1:
+            return outs[0]
+        if kind == "y":
+            raise UserError(f"{self.field}: {len(outs)} conditioners give labels; a network takes one")
+        dim = JOINED[kind]
+        if len({each.shape[:dim] + each.shape[dim + 1:] for each in outs}) > 1:
+            shapes = ", ".join(str(tuple(each.shape)) for each in outs)
+            raise UserError(f"{self.field}: conditions {shapes} cannot be joined as {kind}: only their sizes in "
+                            f"dimension {dim} may differ")
+        return torch.cat(outs, dim)
+
+
+def unconditional(cond: Mapping[str, Tensor], null_label: int | None) -> dict[str, Tensor]:
+    """No condition, of the same shapes: what training shows in place of one that it leaves out."""
+    return {name: _null(value, null_label) for name, value in cond.items()}
+
+
+def _null(value: Tensor, null_label: int | None) -> Tensor:
+    return torch.zeros_like(value) if value.is_floating_point() else torch.full_like(value, null_label)
+
+
+def names_code(cond: Mapping[str, Any]) -> bool:
+    """Whether a `cond` section names a file of the user's own."""
+    return cond["kind"] == "image" and ":" in cond["task"]
+
+
+def make_conditioners(cond: Mapping[str, Any], size: tuple[int, int], device: torch.device | str) -> Conditioners:
+    """Those of a `cond` section of kind image. size: (h, w) of the network's x.
+
+    `task` is a comma list of super_resolution, inpainting, label and "path/to/module.py:function", a function that
+    takes no argument and returns a conditioner or a list of them, whose unconditional rates are their own.
+    """
+    rate = cond["drop"]
+    tasks = {"super_resolution": lambda: SuperResolution(cond["factor"], size, rate),
+             "inpainting": lambda: Inpainting(cond["masks"], rate), "label": lambda: Label(rate)}
+    names = [name.strip() for name in cond["task"].split(",") if name.strip()]
+    if not names:
+        raise UserError(f"{TASK} is empty; choose from {', '.join(tasks)}, or give path/to/module.py:function")
+    parts: list[Conditioner] = []
+    for name in names:
+        if ":" in name:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # what starts at random is the same in training and in sampling
+                made = load_function(TASK, name)()
+            made = list(made) if isinstance(made, list | tuple) else [made]
+            for each in made:
+                if not isinstance(each, Conditioner):
+                    raise UserError(f"{TASK}={name!r} returns a {type(each).__name__}, not a libs.conditioners."
+                                    "Conditioner; Apply makes one of a function or an nn.Module")
+            parts += made
+        else:
+            parts.append(choose(TASK, name, tasks)())
+    settings = {name: cond[name] for name in OF_IMAGES}
+    return Conditioners([each.to(torch.device(device)) for each in parts], cond["null_label"], settings)
+
+
+def _name(conditioner: Conditioner) -> str:
+    return type(conditioner).__name__
+
+
+def _by(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))

@@ -1,0 +1,159 @@
+"""Flash Diffusion on a diffusers pipeline (2406.02347): images with captions teach a LoRA, or the whole network.
+
+Images and captions come from webdataset shards or a folder; the pipeline's own text encoders and autoencoder turn them
+into what its network sees. WORKDIR/student is what pipelines load; beside it are the checkpoints of the training.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from absl import logging
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from ..build import DTYPES, make_denoiser, make_times
+from ..data import load_data
+from ..data.canny import canny
+from ..data.shards import ShardData
+from ..errors import UserError
+from ..generate import Chain
+from ..lora import lora_state
+from ..pipelines.model import PipelineModel, load_pipeline_model
+from ..pipelines.student import save_student
+from ..policies import make_policy
+from ..processes import Processes
+from ..random import Stream
+from ..samplers import make_sampler
+from ..training import Batch, Batches, Run, choose_precision
+from .flash_stages import Stage
+from .flash_training import FlashSetup, FlashTrainer
+
+STUDENT = "student"  # folder in WORKDIR
+CAPTIONED = ("webdataset", "captioned_folder")  # data sets that can teach a pipeline
+
+
+class Captions:
+    """What a pipeline's network is shown of images with captions.
+
+    conditions(seeds), unconditional(cond)   for a chain: seed i shows image i modulo their number
+    """
+
+    def __init__(self, model: PipelineModel, data: ShardData):
+        self.model, self.data = model, data
+        self.steered = getattr(model.pipe, "adapter", None) is not None
+
+    def __call__(self, texts: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+        """Conditions of texts, and of uint8 images (b, h, w, c) where their edges steer a T2I-Adapter."""
+        cond = self.model.encode(texts)
+        return cond | self.model.adapt(edges_of(images)) if self.steered else cond
+
+    def conditions(self, seeds: Sequence[int]) -> dict[str, Tensor]:
+        indices = torch.tensor([seed % len(self.data) for seed in seeds])
+        with torch.inference_mode(False):  # the mode is one thread's, and threads read the files
+            texts, images = self.data.texts(indices), self.data.batch(indices)[0]
+        return self(texts, images)
+
+    def unconditional(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.model.null(cond)
+
+
+def edges_of(images: Tensor) -> Tensor:
+    """Canny's edges of uint8 images (b, h, w, c): uint8 (b, h, w, 1)."""
+    edges = np.stack([canny(image) for image in images.cpu().numpy()])
+    return torch.from_numpy(edges).to(images.device)
+
+
+class CaptionBatches(Batches):
+    """Batches whose conditions `captions` makes of the texts; where an image has several, one is drawn."""
+
+    def __init__(self, captions: Captions, data: ShardData, *options):
+        super().__init__(data, *options)
+        self.captions = captions
+
+    def _cond(self, draws: Batch, images: Tensor, indices: Tensor, labels: None) -> dict[str, Tensor]:
+        return self.captions(self.data.texts(indices, draws.uniform(Stream.TRAIN_CAPTION)), images)
+
+
+class PipelineTrainer(FlashTrainer):
+    """The training of a pipeline's student.
+
+    captions   of the data that `train` is given
+    """
+
+    def __init__(self, config: ConfigDict, run: Run, setup: FlashSetup, precision: str, captions: Captions):
+        self.captions = captions
+        super().__init__(config, run, setup, precision)
+
+    def _make_chain(self, config: Mapping[str, Any]) -> Chain:
+        section, description, codec = config["sampler"], self.description, self.captions.model.codec
+        policy = make_policy(config["policy"], self.ema.net)
+        denoiser = make_denoiser(policy, description, config["compute"]["precision"], self.device)
+        image = description["image"]
+        return Chain(policy=policy, denoiser=denoiser, sampler=make_sampler(**section),
+                     ts=make_times(section, denoiser.schedule), codec=codec,
+                     shape=codec.latent_shape(image["size"], image["channels"]), device=self.device,
+                     rows=config["compute"]["rows"], contexts=self.captions)
+
+    def _show(self, data: ShardData) -> None:
+        """The chain has its captions already."""
+
+    def _make_batches(self, data: ShardData, *_) -> Batches:
+        return super()._make_batches(data, CaptionBatches, self.captions)
+
+    def _save(self) -> None:
+        """The folder, then the checkpoint: whoever goes on from this has made that."""
+        self._refuse_failure()
+        if self.processes.is_main:
+            with self._aside():
+                self._write_student()
+        super()._save()
+
+    def _write_student(self) -> None:
+        folder, denoiser, net = self.run.workdir / STUDENT, self.chain.denoiser, self.ema.net
+        if not self.config.distill.lora_rank:
+            temporary = folder.with_name(f".{STUDENT}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            net.inner.save_pretrained(temporary / net.part)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+            return
+        times = denoiser.time_input(self.chain.ts[:-1]).tolist()
+        save_student(folder, net, times, lora_state(net), base=self.config.pipeline.path,
+                     steps=self.config.distill.student_steps, trained={"steps": self.step})
+
+
+def distil_pipeline(config: ConfigDict, stages: list[Stage], run: Run, began: float) -> int:
+    """Train the student of a pipeline in `run`, or go on there. Returns the exit status, as `Trainer.train`.
+
+    began: `time.monotonic()` from which `train.max_minutes` counts.
+    """
+    processes: Processes = run.processes
+    section, precision = config.pipeline, choose_precision(config)
+    if config.data.name not in CAPTIONED:
+        raise UserError(f"--config.data.name={config.data.name}: a pipeline learns from images with captions; choose "
+                        f"from {', '.join(CAPTIONED)}")
+    saved = run.resume()
+    if saved is not None and saved.step >= config.train.steps:
+        logging.info("%s is finished: %d steps; a larger --config.train.steps goes on", run.workdir, saved.step)
+        return 0
+    dtype = DTYPES[precision] if config.distill.lora_rank else None  # a LoRA's base is never updated
+    size = config.data.image_size or section.height
+    negative = config.distill.negative_prompt or section.negative_prompt
+    model = load_pipeline_model({**section, "height": size, "width": size, "negative_prompt": negative},
+                                processes.device, dtype or torch.float32)
+    with config.unlocked():
+        config.data.image_size = model.image_size
+    data = load_data(**{name: value for name, value in config.data.items() if name != "flip"}).to(processes.device)
+    if config.distill.text_encoder_device != "auto":
+        model.encoders_to(config.distill.text_encoder_device)
+    setup = FlashSetup(config, stages, model.net, model.description, section.path, model.codec, model.null, precision,
+                       processes.device)
+    trainer = PipelineTrainer(config, run, setup, precision, Captions(model, data))
+    trainer.restore(saved)
+    return trainer.train(data, began)
+
+

@@ -1,0 +1,50 @@
+"""The README's example of a super-resolution model of one's own, as it stands there."""
+
+import importlib
+import json
+import re
+import shlex
+
+import pytest
+import torch
+from PIL import Image
+
+from libs.config import ROOT
+from libs.data.images import save_png
+
+FEW = {  # what makes minutes seconds
+    "train": ["--config.train.steps=4", "--config.train.batch_size=8", "--config.train.preview_every=0"],
+    "sample": ["--config.sampler.steps=2"],
+    "eval": ["--config.sampler.steps=2"],
+}
+
+
+def section() -> str:
+    return (ROOT / "README.md").read_text().split("### Your own model of images")[1].split("\n### ")[0]
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """The commands of the example, run in a folder with its file and some photos."""
+    [code] = re.findall(r"```python\n(.*?)```", section(), re.S)
+    (tmp_path / "my_upscaler.py").write_text(code)
+    for i, image in enumerate(torch.randint(0, 256, (3, 20, 16, 3), dtype=torch.uint8)):
+        save_png(tmp_path / f"photos/{i}.png", image)
+    monkeypatch.chdir(tmp_path)
+    return [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", section(), re.S)
+            for line in block.splitlines()]
+
+
+def test_the_example_trains_samples_and_is_scored(commands, tmp_path, run_main):
+    names = []
+    for words in commands:
+        name = words[1].removesuffix(".py")
+        ran = run_main(importlib.import_module(name).main, *words[2:], *FEW[name], "--config.compute.device=cpu")
+        assert ran.status == 0, ran.stderr
+        names.append(name)
+    assert names == ["train", "sample", "eval"]
+    summary = json.loads((tmp_path / "outputs/upscaler/summary.json").read_text())
+    assert (summary["images"], summary["cfg_scale"]) == (16, 1.5)
+    assert Image.open(tmp_path / "outputs/upscaler/grid.png").size == (2 + 4 * (3 * 32 + 2), 2 + 4 * (32 + 2))
+    score = json.loads((tmp_path / "outputs/upscaler.json").read_text())["metrics"]["psnr"]
+    assert score.keys() == {"value", "bicubic", "samples", "pixels"}
