@@ -70,6 +70,7 @@ def _from_both(x_t: Tensor, x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tens
 TIME_INPUTS = {
     "999t": lambda t, schedule: 999 * t,  # U-ViT, continuous
     "1000t": lambda t, schedule: 1000 * t,
+    "1000sigma": lambda t, schedule: 1000 * schedule.sigma(t),  # Stable Diffusion 3, whose times are shifted
     "step": lambda t, schedule: schedule.steps * t,  # U-ViT, discrete: 1 to N
     "index": lambda t, schedule: schedule.steps * t - 1,  # diffusers: 0 to N - 1
     "logsnr": lambda t, schedule: 2000 / math.pi * torch.atan(torch.exp(-schedule.lambda_(t))),  # 2202.00512
@@ -81,7 +82,7 @@ class Denoiser:
 
     net          `net(x, timesteps, y=None, context=None)`
     prediction   what it outputs: eps, x_0, v, flow, or both (twice the channels: x_0, then eps)
-    time_input   its unit of time: 999t, 1000t, step (1 to N), index (0 to N - 1) or logsnr
+    time_input   its unit of time: 999t, 1000t, 1000sigma, step (1 to N), index (0 to N - 1) or logsnr
     time_scale   factor on that time
     autocast     a context manager factory for mixed precision, or None
     """

@@ -164,7 +164,7 @@ BAD = [
     (["--config.pipeline.path=/nowhere"], "sd15.py", "pipeline.path='/nowhere' is no folder, and cannot be had from"),
     (["--config.pipeline.path=configs"], "sd15.py", "pipeline.path='configs' holds no StableDiffusionPipeline"),
     (["--config.pipeline.scheduler=plms"], "sd15.py", "pipeline.scheduler='plms' is unknown; choose from own, ddim"),
-    (["--config.pipeline.name=sd3"], "sd15.py", "pipeline.name='sd3' is unknown; choose from sd15, sdxl, controlnet"),
+    (["--config.pipeline.name=sd4"], "sd15.py", "pipeline.name='sd4' is unknown; choose from sd15, sdxl, controlnet"),
     (["--config.pipeline.steps=0"], "sd15.py", "pipeline.steps=0 must be at least 1"),
     (["--config.pipeline.width=33"], "sd15.py", "pipeline.width=33 must be a multiple of 8, or 0"),
     (["--config.pipeline.width=64"], "sd15.py", "pipeline.height=0, pipeline.width=64: give both or none"),

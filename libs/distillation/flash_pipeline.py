@@ -24,7 +24,7 @@ from ..generate import Chain
 from ..lora import lora_state
 from ..pipelines.model import PipelineModel, load_pipeline_model
 from ..pipelines.student import save_student
-from ..policies import make_policy
+from ..policies import Full
 from ..processes import Processes
 from ..random import Stream
 from ..samplers import make_sampler
@@ -90,10 +90,9 @@ class PipelineTrainer(FlashTrainer):
 
     def _make_chain(self, config: Mapping[str, Any]) -> Chain:
         section, description, codec = config["sampler"], self.description, self.captions.model.codec
-        policy = make_policy(config["policy"], self.ema.net)
-        denoiser = make_denoiser(policy, description, config["compute"]["precision"], self.device)
+        denoiser = make_denoiser(self.ema.net, description, config["compute"]["precision"], self.device)
         image = description["image"]
-        return Chain(policy=policy, denoiser=denoiser, sampler=make_sampler(**section),
+        return Chain(policy=Full(self.ema.net), denoiser=denoiser, sampler=make_sampler(**section),
                      ts=make_times(section, denoiser.schedule), codec=codec,
                      shape=codec.latent_shape(image["size"], image["channels"]), device=self.device,
                      rows=config["compute"]["rows"], contexts=self.captions)

@@ -53,9 +53,9 @@ FAMILIES: dict[str, Callable[[nn.Module], Sites]] = {  # by the name of a class 
 
 
 def unwrap(net: nn.Module) -> nn.Module:
-    """The network inside what torch.compile, distributed training and peft put around it."""
+    """The network inside what torch.compile, distributed training, peft and `PipelineNet` put around it."""
     while True:
-        for name in ("_orig_mod", "module"):
+        for name in ("_orig_mod", "module", "unet", "transformer"):
             if isinstance(inner := net._modules.get(name), nn.Module):
                 net = inner
                 break
