@@ -60,9 +60,21 @@ def train_adaptor(config, flags, began: float) -> int:
 
 def train_few_steps(config, flags, began: float) -> int:
     """Flash Diffusion."""
-    from libs.distillation.flash_training import distil
+    from libs.distillation.flash_training import check, distil_chain
+    from libs.training import Run
 
-    return distil(config, flags.workdir, flags.checkpoint, began)
+    processes = Processes(cli.choose_device(config.compute.device))
+    stages = check(config, processes.count)
+    if "pipeline" in config:
+        from libs.distillation.flash_pipeline import distil_pipeline  # diffusers takes seconds to import
+
+        start, distil = config.pipeline.path, distil_pipeline
+    else:
+        start, distil = str(flags.checkpoint or config.checkpoint), distil_chain
+    run = Run(cli.output_dir(flags.workdir, "workdir"), config, start, processes)
+    status = distil(config, stages, run, began)
+    processes.close()
+    return status
 
 
 DISTILLATIONS = {"progressive": halve, "flash": train_few_steps, "clockwork_adaptor": train_adaptor}
@@ -77,6 +89,9 @@ def distillate(config, flags) -> int:
     if of_pipeline and flags.checkpoint:
         raise UserError(f"--checkpoint={flags.checkpoint} belongs to a config without a pipeline; use "
                         "--config.pipeline.path")
+    if of_pipeline and config.pipeline.student and config.distill.name == "flash":
+        raise UserError(f"--config.pipeline.student={config.pipeline.student}: Flash Diffusion starts from the "
+                        "pipeline itself; leave it out")
     takes_prompts = of_pipeline and config.distill.name == "clockwork_adaptor"
     if takes_prompts and flags.prompts is None:
         raise UserError("--prompts is missing: a .txt file with one a line, or a .json file of COCO's captions")

@@ -9,6 +9,8 @@
         --images=photos --seeds=0-15 --out=outputs/super_resolution
     python sample.py --config=configs/sd15.py:encoder_propagation --prompts="a photo of an astronaut" --seeds=0-3 \\
         --out=outputs/sd15 --compare
+    python sample.py --config=configs/sd15.py --checkpoint=runs/flash_sd15 --prompts="a photo of an astronaut" \\
+        --seeds=0-3 --out=outputs/flash_sd15
 
 The same seed gives the same image in any batch. The same command again makes only what is missing. --captures=5
 adds montage.png: the first seeds' states at five times, from noise to image. Seed i shows prompt i modulo their
@@ -52,7 +54,8 @@ def define_flags(fv) -> None:
                              flag_values=fv)
     absl_flags.DEFINE_string("control_image", None, "a ControlNet's image, or a folder of them", flag_values=fv)
     absl_flags.DEFINE_integer("batch_size", 0, "images written at a time; 0 is compute.rows", flag_values=fv)
-    absl_flags.DEFINE_string("checkpoint", None, "released name, file or training folder", flag_values=fv)
+    absl_flags.DEFINE_string("checkpoint", None, "released name, file or training folder; of a pipeline: its student",
+                             flag_values=fv)
     absl_flags.DEFINE_bool("cost", False, "count multiply-adds, by sampling one more image", flag_values=fv)
     absl_flags.DEFINE_integer("captures", 0, "rows of montage.png, from noise to image; 0 is none", flag_values=fv)
     absl_flags.DEFINE_bool("compare", False, "time a pipeline's policy beside the plain pipeline", flag_values=fv)
@@ -81,16 +84,21 @@ def open_pipeline(config, flags, device):
     """The same of a diffusers pipeline."""
     from libs.pipelines.sampling import PipelineSampler, check_compare  # diffusers takes seconds to import
 
-    for flag in ("labels", "checkpoint", "images", "cost", "captures"):
+    for flag in ("labels", "images", "cost", "captures"):
         if getattr(flags, flag):
             raise UserError(f"--{flag}={getattr(flags, flag)} belongs to a config without a pipeline")
+    if flags.checkpoint:
+        if config.pipeline.student:
+            raise UserError(f"--checkpoint={flags.checkpoint}, pipeline.student={config.pipeline.student!r}: of a "
+                            "pipeline both name the student; give one of them")
+        config.pipeline.student = flags.checkpoint
     if flags.compare:
         check_compare(config.policy, flags.out, flags.repeats)
     if flags.prompts is None:
         raise UserError("--prompts is missing: a text, a .txt file with one a line, or a .json file of COCO's captions")
-    sampler = PipelineSampler(config, read_prompts(flags.prompts), device, flags.control_image)
-    about = {"model": Path(config.pipeline.path).name, "sampler": config.pipeline.scheduler, "prompts": flags.prompts,
-             "method": config.policy.to_dict()}
+    sampler = PipelineSampler(config, read_prompts(flags.prompts), device, flags.control_image, flags.chosen)
+    about = {"model": Path(config.pipeline.path).name, "student": config.pipeline.student,
+             "sampler": config.pipeline.scheduler, "prompts": flags.prompts, "method": config.policy.to_dict()}
     return sampler, sampler.fingerprint, about, sampler.stats
 
 

@@ -4,8 +4,8 @@ Cheap cells come first. Plain sampling at the same sampler and steps, and with t
 (equal multiply-adds, rounded to the nearest whole step, at least 1), join every method by themselves.
 
 A method is a policy with its settings (fields of config.policy); `needs` is a file without which it is left out. The
-students of progressive distillation are models of their own, which sample in their own number of steps; policies come on
-top of them. Of early exit on U-ViT here are a few cells of configs/early_exit.py, which has them all.
+students of progressive distillation and of Flash Diffusion are models of their own, which sample in their own number of
+steps; policies come on top of them. Of early exit on U-ViT here are a few cells of configs/early_exit.py, which has them all.
 """
 
 RESNET = "assets/adaptors/clockwork_resnet_cifar10_unet.safetensors"
@@ -25,7 +25,8 @@ for keys, label in (("every:2", "every2"), ("every:4", "every4"), ("paper", "pap
     ]
 
 ON_STUDENTS = [method for method in METHODS if method["label"] in ("full", "clockwork_2", "encoder_every2")]
-STUDENTS = [{"checkpoint": f"cifar10_unet_student_{steps}", "steps": steps} for steps in (4, 8)]
+STUDENTS = [{"checkpoint": f"cifar10_unet_student_{steps}", "sampler": "ddim", "steps": steps} for steps in (4, 8)]
+STUDENTS += [{"checkpoint": "cifar10_unet_flash", "sampler": "lcm", "steps": steps} for steps in (2, 4)]
 SAMPLERS = [("dpm_solver_pp", 8), ("dpm_solver_pp", 20), ("ddim", 50)]
 
 UVIT = {"config": "configs/cifar10_uvit_tiny.py"}
@@ -40,7 +41,7 @@ UVIT_SAMPLERS = [("dpm_solver_pp", 8), ("dpm_solver_pp", 20), ("dpm_solver", 50)
 
 def get_grid() -> list[dict]:
     unet = {"config": "configs/cifar10_unet.py"}
-    students = [unet | {"sampler": "ddim", "fixed": True} | student | method
+    students = [unet | {"fixed": True} | student | method
                 for student in STUDENTS for method in ON_STUDENTS]
     cells = students + [unet | {"sampler": sampler, "steps": steps} | method
                         for sampler, steps in SAMPLERS for method in METHODS]

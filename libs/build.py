@@ -146,6 +146,9 @@ def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: to
     shape = codec.latent_shape(image["size"], image["channels"])
     conditioners = image_conditioners(description, net, shape[1:], device)
     if scales is None and section["cfg_scale"] != 1:
+        if description.get("distilled", {}).get("method") == "flash":
+            raise UserError(f"sampler.cfg_scale={section['cfg_scale']}: a student of Flash Diffusion takes no "
+                            "guidance; use 1.0")
         refuse_unguidable(section["cfg_scale"], cond, conditioners)
     threshold = None
     if choose("sampler.threshold", section["threshold"], ("none", "static", "dynamic")) != "none":

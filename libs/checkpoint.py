@@ -23,6 +23,7 @@ from .backbones import BACKBONES
 from .errors import UserError, choose
 from .files import atomic_path, reason
 from .heads import infer_form
+from .weights import has_lora, refuse_other_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 RELEASED = ROOT / "assets" / "checkpoints"
@@ -238,19 +239,16 @@ def distiller_description(n_timesteps: int, time_scale: float) -> dict[str, Any]
 
 def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Strict load, in the network's own precision; the first difference is named in one line."""
-    own = net.state_dict()
-    problems = [f"{name} is missing" for name in own if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in own]
-    problems += [f"{name} has shape {tuple(tensors[name].shape)}, the network wants {tuple(own[name].shape)}"
-                 for name in own if name in tensors and tensors[name].shape != own[name].shape]
-    if problems:
-        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        raise UserError(f"{source} is of another architecture: {problems[0]}{more}")
+    refuse_other_tensors(net.state_dict(), tensors, f"{source} is of another architecture")
     net.load_state_dict(tensors)
 
 
-def has_lora(net: nn.Module) -> bool:
-    return any(".lora_" in name for name, _ in net.named_parameters())
+def drop_heads(net: nn.Module) -> bool:
+    """Take a network's uncertainty heads away. Whether it had any."""
+    had = getattr(net, "lte_classifer", None) is not None
+    if had:
+        net.lte_classifer = None
+    return had
 
 
 def learned_state(net: nn.Module) -> dict[str, Tensor]:
@@ -321,6 +319,8 @@ def _with_lora(path: Path, tensors: Mapping[str, Tensor], description: dict[str,
         net, _ = load_described(resolve(lora["base"], "the LoRA's base"), backbone)
     except UserError as error:
         raise UserError(f"checkpoint {path} is a LoRA of {lora['base']!r}, which does not load: {error}") from error
+    if not description["backbone"].get("uem"):
+        drop_heads(net)  # as the training did, whose base this was
     if not same_weights(fingerprint(net), lora["base_fingerprint"]):
         raise UserError(f"checkpoint {path} is a LoRA of other weights than {lora['base']!r} holds now")
     add_lora(net, lora["rank"], lora["alpha"], lora["targets"])

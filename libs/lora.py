@@ -17,9 +17,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .backbones.recompute import Switched
-from .checkpoint import has_lora
 from .errors import UserError
 from .files import reason
+from .weights import has_lora, refuse_other_tensors
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _TRANSFORMER = (*_ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "proj", "linear", "linear_1",
@@ -152,13 +152,7 @@ def lora_config(net: nn.Module) -> LoraConfig:
 def load_lora(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """`lora_state` back into a network with a LoRA; strict, the first difference is named in one line."""
     own = lora_state(net)
-    problems = [f"{name} is missing" for name in own if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in own]
-    problems += [f"{name} has shape {tuple(tensors[name].shape)}, the network wants {tuple(own[name].shape)}"
-                 for name in own if name in tensors and tensors[name].shape != own[name].shape]
-    if problems:
-        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        raise UserError(f"{source} is a LoRA of another network, or of other layers or rank: {problems[0]}{more}")
+    refuse_other_tensors(own, tensors, f"{source} is a LoRA of another network, or of other layers or rank")
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
 

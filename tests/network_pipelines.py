@@ -15,6 +15,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionAdapterPipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLAdapterPipeline,
     StableDiffusionXLPipeline,
     T2IAdapter,
@@ -27,7 +28,6 @@ from tiny_pipelines import (
     autoencoder,
     clip_text_model,
     clip_tokenizer,
-    prompted,
     scheduler,
 )
 
@@ -35,9 +35,11 @@ WIDTH = 2 * CROSS  # channels of two text encoders together
 
 
 def sd15(folder):
-    pipe, _ = prompted(folder)
-    pipe.register_modules(unet=small_unet())
-    return pipe
+    tokenizer = clip_tokenizer(folder / "vocabulary")
+    return StableDiffusionPipeline(
+        vae=autoencoder(), unet=small_unet(), scheduler=scheduler(), tokenizer=tokenizer,
+        text_encoder=clip_text_model(tokenizer), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
 
 
 def sd21(folder):

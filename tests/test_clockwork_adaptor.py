@@ -350,7 +350,8 @@ def test_what_it_does_not_apply_to(released, tmp_path, run_main):
     assert "learned adaptors are made for UNets, not for a UViT" in line(
         "--config=configs/cifar10_uvit_tiny.py:clockwork_adaptor")
     assert "leave the policy out" in line(f"--config={CONFIG}:clockwork,clockwork_adaptor")
-    assert "--prompts=a.txt belongs to a pipeline" in line(f"--config={CONFIG}:clockwork_adaptor", "--prompts=a.txt")
+    prompts = line(f"--config={CONFIG}:clockwork_adaptor", "--prompts=a.txt")
+    assert "--prompts=a.txt belongs to the adaptor of a pipeline" in prompts
     assert "--prompts is missing" in line("--config=configs/sd15.py:clockwork_adaptor")
     assert "write --config=configs/sd15.py:clockwork_adaptor" in line("--config=configs/sd15.py", "--prompts=a.txt")
     assert "train the adaptor on the plain pipeline" in line(

@@ -315,6 +315,27 @@ def test_speed_reports_both_ratios(run_main, tmp_path):
     assert "must end in .json" in error_of(run_main(early_exit_speed.main, DIGITS, "--out=x.txt"))
 
 
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_errors_at_high_noise_count_more(power):
+    """An error of eps is one of alpha / sigma times the size in x_0: p = 1 counts the larger of the two."""
+    batch = a_batch()
+
+    class OneLayer:
+        """Errs by 0.1 everywhere, and is certain of all."""
+
+        def __call__(self, x, timesteps, y, every_layer):
+            return (batch.noise() + 0.1)[None], torch.ones(1, len(x), 1, 8, 8)
+
+    denoiser = make_denoiser(OneLayer(), {"schedule": {"name": "vp_linear"},
+                                          "denoiser": {"prediction": "eps", "time_input": "999t"}})
+    loss = LayerwiseLoss(lambda_u=0.0, beta_ual=0.0, noise_power=power)(denoiser, batch)
+    t = batch.uniform()
+    alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
+    larger = torch.maximum(torch.ones_like(t), sigma / alpha)
+    assert set((larger > 1).tolist()) == {True, False}
+    torch.testing.assert_close(loss.double(), 0.01 * larger ** (2 * power), rtol=1e-4, atol=0)
+
+
 def test_distillation_leaves_the_heads_out(tmp_path, trained):
     argv = [f"{DIGITS}:progressive", *FLAGS, "--config.sampler.steps=8", "--config.distill.pair_images=0",
             f"--checkpoint={trained}", f"--workdir={tmp_path}"]

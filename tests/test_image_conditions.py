@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tiny_training import assert_equal_runs
 
+import distillate
 import eval as eval_script
 import sample
 import train
@@ -188,8 +189,10 @@ def test_a_checkpoint_describes_itself(trained):
     assert other["cond"].keys() == {"kind", "num_classes", "null_label", "drop"}
 
 
+@pytest.mark.parametrize("trained", ["inpainting"], indirect=True)
 def test_going_on_is_the_same_as_not_stopping(trained, tmp_path, run_main):
-    task, path, run = trained
+    """Of the task whose conditions are drawn at random."""
+    _, path, run = trained
     for steps in (2, 4):
         ran = run_main(train.main, f"--config={path}", f"--workdir={tmp_path / 'again'}",
                        f"--config.train.steps={steps}")
@@ -198,7 +201,7 @@ def test_going_on_is_the_same_as_not_stopping(trained, tmp_path, run_main):
     whole, again = (Run(folder, config, None, Processes(CPU)) for folder in (run, tmp_path / "again"))
     assert_equal_runs(whole, again, step=4)
     other = run_main(train.main, f"--config={path}", f"--workdir={tmp_path / 'again'}", "--config.train.steps=5",
-                     "--config.cond.masks=boxes" if task == "inpainting" else "--config.cond.factor=4")
+                     "--config.cond.masks=boxes")
     assert other.status == 2
     assert "the run in --workdir=" in other.stderr
 
@@ -394,3 +397,12 @@ def test_conditioners_and_a_model_of_ones_own(tmp_path, digits, run_main):
     line = refused(run_main, train.main, *without, f"--config.cond.task={own}:too_deep",
                    f"--workdir={tmp_path / 'deep'}")
     assert "Apply gives (1, 1, 1, 8, 8) float32 for b=1; want (b,) int64 labels" in line
+
+
+def test_progressive_distillation_shows_the_training_sets_conditions(trained, tmp_path, run_main):
+    _, path, run = trained
+    ran = run_main(distillate.main, f"--config={path}:progressive", f"--checkpoint={run}", f"--workdir={tmp_path}",
+                   "--config.distill.start_steps=4", "--config.train.steps=2", "--config.train.batch_size=8",
+                   "--config.train.preview_every=2", "--config.distill.pair_images=3")
+    assert ran.status == 0, ran.stderr
+    assert (tmp_path / "pairs" / "steps_0002.png").is_file()

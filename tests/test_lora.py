@@ -162,51 +162,46 @@ def test_lora_is_on_again_after_an_error():
 
 
 @every
-@pytest.mark.parametrize("alpha", [0, 2])
-def test_merged_is_unmerged(kind, alpha):
-    net = trained(kind, alpha=alpha)
+def test_removed_is_the_network_before_and_merged_the_one_after(kind):
+    net = trained(kind, alpha=2)
     names = [name for name, _ in kind().named_modules()]
     student, teacher = net(*inputs()), AdaptersOff(net)(*inputs())
+    removed = remove_lora(copy.deepcopy(net))
+    assert torch.equal(removed(*inputs()), teacher)
     assert merge_lora(net) is net
     merged = net(*inputs())
     scale = student.abs().max()
     assert (merged - student).abs().max() < 1e-5 * scale < (teacher - student).abs().max()
-    assert [name for name, _ in net.named_modules()] == names
-    assert not hasattr(net, "peft_config")
+    for each in (removed, net):
+        assert [name for name, _ in each.named_modules()] == names
+        assert not hasattr(each, "peft_config")
+        assert not lora_state(each)
 
 
 @every
-def test_removed_is_the_network_before(kind):
-    net = trained(kind)
-    teacher = AdaptersOff(net)(*inputs())
-    assert torch.equal(remove_lora(net)(*inputs()), teacher)
-    assert not lora_state(net)
-
-
-@every
-@pytest.mark.parametrize("off", [False, True])
-def test_recomputed_gradients_are_those_of_the_forward_pass(kind, off):
+def test_recomputed_gradients_are_those_of_the_forward_pass(kind):
     """Also where the LoRA was off in the forward pass, as in a teacher's features, and is on in the backward pass."""
-    net, (x, t) = trained(kind).train(), inputs()
-    called, calls = AdaptersOff(net) if off else net, []
+    net, (x, t), calls = trained(kind).train(), inputs(), []
     for module in net.modules():
         module.register_forward_hook(lambda *args: calls.append(torch.is_grad_enabled()))
 
-    def gradients():
+    def gradients(called):
         wanted = [x.requires_grad_(True), *(each for each in net.parameters() if each.requires_grad)]
         loss = called(x, t).square().sum()
         calls.clear()
         return torch.autograd.grad(loss, wanted, allow_unused=True)
 
-    kept = gradients()
+    on_and_off = net, AdaptersOff(net)
+    kept = [gradients(called) for called in on_and_off]
     assert not calls
     recompute_activations(net)
-    recomputed = gradients()
-    assert calls
-    assert [each is None for each in kept] == [off and i > 0 for i in range(len(kept))]
-    for one, other in zip(kept, recomputed, strict=True):
-        if one is not None:
-            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    for off, called in enumerate(on_and_off):
+        recomputed = gradients(called)
+        assert calls
+        assert [each is None for each in recomputed] == [off and i > 0 for i in range(len(recomputed))]
+        for one, other in zip(kept[off], recomputed, strict=True):
+            if one is not None:
+                torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
 def test_a_lora_goes_from_one_network_to_another():

@@ -173,7 +173,7 @@ BAD = [
     (["--config.sampler.steps=5"], "sd15.py", "no such field in config; choose from compute, eval"),
     (["--prompts=nowhere.txt"], "sd15.py", "--prompts=nowhere.txt cannot be read (No such file or directory)"),
     (["--labels=3"], "sd15.py", "--labels=3 belongs to a config without a pipeline"),
-    (["--checkpoint=cifar10_unet_v"], "sd15.py", "--checkpoint=cifar10_unet_v belongs to a config without a pipeline"),
+    (["--checkpoint=/nowhere"], "sd15.py", "pipeline.student='/nowhere' is no folder, and cannot be had from"),
     (["--compare"], "sd15.py", "--compare: without a policy this is the plain pipeline"),
     (["--config.policy.clock=0"], "sd15.py:clockwork", "clock=0"),
     (["--compare", "--repeats=0"], "sd15.py:clockwork", "--repeats=0 must be at least 1"),

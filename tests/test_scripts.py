@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from network_pipelines import PIPELINES
 from PIL import Image
+from small_shards import png
 
 from libs.seeds import parse_seeds
 
@@ -106,8 +108,9 @@ def run_script(tmp_path):
     """Run scripts/NAME: (what bash says, the commands that it called, each a list of words)."""
     venv, calls = tmp_path / "noting", tmp_path / "noted"
     (venv / "bin").mkdir(parents=True)
-    (venv / "bin/python").write_text(NOTE_CALLS.format(bash=BASH, calls=calls))
-    (venv / "bin/python").chmod(0o755)
+    for program in ("python", "accelerate"):
+        (venv / "bin" / program).write_text(NOTE_CALLS.format(bash=BASH, calls=calls))
+        (venv / "bin" / program).chmod(0o755)
     (venv / "bin/activate").write_text(f"PATH={venv}/bin:$PATH\n")
 
     def run(name, *argv, cwd=None, **env):
@@ -224,3 +227,112 @@ def test_cifar10_one_model(run_script):
     _, calls = run_script("cifar10_unet.sh", MODELS="cifar10_uvit_tiny", START=8)
     assert all("cifar10_unet" not in word for call in calls for word in call)
     assert calls
+
+
+# those of Flash Diffusion
+
+PIPELINE_TINY = ("--config.compute.device=cpu", "--config.train.steps=2", "--config.train.batch_size=2",
+                 "--config.train.preview_every=0", "--config.distill.lora_rank=2", "--config.distill.teacher_steps=4",
+                 "--config.distill.stage_updates=1,1,1,1")
+LAUNCHED = ["launch", "--mixed_precision", "bf16"]
+
+
+def values(call, flag):
+    return [word.partition("=")[2] for word in call if word.startswith(f"{flag}=")]
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """MS-COCO's folder with two captions, and no images."""
+    (tmp_path / "coco/val2017").mkdir(parents=True)
+    (tmp_path / "coco/annotations").mkdir()
+    content = {"images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(2)],
+               "annotations": [{"id": i, "image_id": i, "caption": f"picture {i}"} for i in range(2)]}
+    (tmp_path / "coco/annotations/captions_val2017.json").write_text(json.dumps(content))
+    return tmp_path / "coco"
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_flash_of_a_pipeline(run_script, run_main, tmp_path, coco, name):
+    """From pictures to the student's images; scores need networks that are not here, so they are only parsed."""
+    (tmp_path / "words").mkdir()
+    (tmp_path / "my pictures").mkdir()
+    PIPELINES[name](tmp_path / "words").save_pretrained(tmp_path / "model")
+    for i in range(3):
+        (tmp_path / f"my pictures/{i}.png").write_bytes(png(i, (40, 36)))
+        (tmp_path / f"my pictures/{i}.txt").write_text(f"picture {i}")
+    workdir, out = tmp_path / "run", tmp_path / "out"
+    ran, calls = run_script(f"flash_{name}.sh", "my pictures", coco.name, "--config.train.lr=1e-3", cwd=tmp_path,
+                            WORKDIR=workdir, OUT=out, SAMPLES=2)
+    assert ran.returncode == 0, ran.stderr
+    assert calls[1][:3] == LAUNCHED
+    assert calls[2][:3] == LAUNCHED
+    calls = [call[3:] if call[:3] == LAUNCHED else call for call in calls]
+    assert heads(calls) == ["prepare_data.py", "distillate.py", *["sample.py", "eval.py", "eval.py"] * 3]
+    model = f"--config.pipeline.path={tmp_path / 'model'}"
+    more = {"prepare_data.py": [], "distillate.py": [model, *PIPELINE_TINY], "eval.py": ["--help"],
+            "sample.py": [model, "--config.compute.device=cpu", "--config.compute.precision=fp32"]}
+    for call in calls:
+        run_call(run_main, call, *more[call[0]])
+    assert values(calls[1], "--config.train.lr") == ["1e-3"]
+    assert ("--config.train.grad_checkpoint=true" in calls[1]) == (name == "sdxl")
+    told = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/summary.json")}
+    assert {key: (each["nfe"], each["sampler"], bool(each["student"])) for key, each in told.items()} == {
+        "student_4": (4, "own", True), "student_2": (2, "own", True), "dpm_solver_pp_4": (4, "dpm_solver_pp", False)}
+    scored = [call for call in calls if call[0] == "eval.py"]
+    assert [values(call, "--config.eval.metrics") for call in scored] == [["fid"], ["clip_score"]] * 3
+    assert {Path(values(call, "--images")[0]).name for call in scored} == told.keys()
+
+
+def test_flash_of_shards_that_are_there(run_script, tmp_path, coco):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/0.tar").touch()
+    for given, seen in (("shards", str(tmp_path / "shards")), ("https://host/{00..09}.tar",) * 2):
+        _, calls = run_script("flash_sd15.sh", given, coco, cwd=tmp_path, LAUNCH="python", MIN_SCORE=6)
+        call = calls[-10]
+        assert call[0] == "distillate.py"
+        assert values(call, "--config.data.path") == [seen]
+        assert values(call, "--config.data.min_score") == ["6"]
+    assert "prepare_data.py" not in heads(calls)
+
+
+@pytest.mark.parametrize(("name", "argv", "env", "message"), [
+    ("flash_sd15.sh", ["."], {}, "error: PICTURES and COCO are missing; usage: bash "),
+    ("flash_sdxl.sh", [".", "nowhere"], {}, "nowhere/annotations/captions_val2017.json is not there; cocodataset.org"),
+    ("cifar10_flash.sh", [], {"STUDENTS": "whole half"},
+     "error: STUDENTS: 'half' is none; choose from whole, lora\n"),
+])
+def test_flash_refuses(run_script, name, argv, env, message):
+    ran, calls = run_script(name, *argv, **env)
+    assert (ran.returncode, calls) == (2, [])
+    assert message in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [{}, {"STUDENTS": "lora", "UPDATES": 7, "SAMPLES": 9, "RANK": 4}])
+def test_cifar10_flash(run_script, run_main, tmp_path, given):
+    out, workdir = tmp_path / "out", tmp_path / "run"
+    out.mkdir()
+    (out / "table.md").touch()
+    ran, calls = run_script("cifar10_flash.sh", "--config.data.download=true", OUT=out, WORKDIR=workdir, **given)
+    assert ran.returncode == 0, ran.stderr
+    students = ["lora"] if given else ["whole", "lora"]
+    assert heads(calls) == [*["distillate.py"] * len(students),
+                            *[*["eval.py"] * (2 + len(students)), "libs.montage"] * 2, "libs.tables"]
+    trained, scored = ([call for call in calls if call[0] == name] for name in ("distillate.py", "eval.py"))
+    for call in (*trained, *scored):
+        run_call(run_main, call, "--help")
+    assert all("--config.data.download=true" in call for call in trained)
+    ranks = {values(call, "--workdir")[0]: values(call, "--config.distill.lora_rank") for call in trained}
+    assert ranks == {str(workdir / name): ["0" if name == "whole" else str(given.get("RANK", 64))] for name in students}
+    updates = given.get("UPDATES", 5000)
+    for call in trained:
+        assert values(call, "--config.train.steps") == [str(4 * updates)]
+        assert values(call, "--config.distill.stage_updates") == [",".join([str(updates)] * 4)]
+    assert [values(call, "--checkpoint") for call in scored] == 2 * [[], [], *[[str(workdir / name)] for name in
+                                                                              students]]
+    assert [values(call, "--config.sampler.steps") for call in scored] == [[each] for each in "42" for _ in
+                                                                           range(2 + len(students))]
+    assert {values(call, "--config")[0] for call in scored} == {"configs/cifar10_unet.py",
+                                                                "configs/cifar10_unet.py:dpm_solver_pp"}
+    assert all(len(parse_seeds(values(call, "--seeds")[0])) == given.get("SAMPLES", 500) for call in scored)

@@ -1,7 +1,9 @@
 """Students as files: what is written loads by everybody's tools and by `load_student`, which sets all at once."""
 
 import copy
+import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -64,25 +66,31 @@ def seen(pipe):
     return times
 
 
-def student_files(built, name, folder, **options):
-    """Write a student of a family; returns the pipeline whose network still has its LoRA."""
-    pipe = built(name)
-    train(part_of(pipe), **options)
-    save_student(folder, part_of(pipe), SIGMAS if name == "sd3" else MODES, base="a/model")
-    return pipe
+@pytest.fixture(scope="module")
+def student(built, tmp_path_factory):
+    """(folder of a student of a family, the pipeline whose network still has its LoRA)."""
+    @functools.cache
+    def made(name, alpha=0):
+        pipe, folder = built(name), tmp_path_factory.mktemp(f"{name}_student")
+        train(part_of(pipe), alpha=alpha)
+        save_student(folder, part_of(pipe), SIGMAS if name == "sd3" else MODES, base="a/model")
+        return folder, pipe
+
+    return made
 
 
 @every
-def test_a_loaded_student_draws_what_the_trained_network_draws(built, tmp_path, name):
-    trained = student_files(built, name, tmp_path)
-    pipe = built(name)
+def test_a_loaded_student_draws_what_the_trained_network_draws(built, student, name):
+    """All noise comes from the call's generator."""
+    folder, trained = student(name)
+    trained, pipe = copy.deepcopy(trained), built(name)
     before, own = draw(pipe, num_inference_steps=2), pipe.scheduler
     times = seen(pipe)
-    with load_student(pipe, tmp_path) as student:
-        assert student.call == {"num_inference_steps": 4, "guidance_scale": 0.0}
+    with load_student(pipe, folder) as loaded:
+        assert loaded.call == {"num_inference_steps": 4, "guidance_scale": 0.0}
         image = draw(pipe)
         assert times == pytest.approx(SIGMAS if name == "sd3" else MODES)  # one call of the network each
-        assert times == pytest.approx(student.timesteps)
+        assert times == pytest.approx(loaded.timesteps)
         assert torch.equal(draw(pipe, num_inference_steps=4, guidance_scale=0.0), image)
         learned = lora_state(part_of(trained))
         assert lora_state(part_of(pipe)).keys() == learned.keys()
@@ -94,23 +102,12 @@ def test_a_loaded_student_draws_what_the_trained_network_draws(built, tmp_path, 
     assert not torch.allclose(before, image, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd3"])
-def test_a_seed_is_an_image(built, tmp_path, name):
-    student_files(built, name, tmp_path)
-    pipe = built(name)
-    load_student(pipe, tmp_path)
-    one = draw(pipe)
-    torch.manual_seed(77)
-    assert torch.equal(draw(pipe), one)
-
-
-@pytest.mark.parametrize(("name", "alpha"), [("sd15", 2), ("sdxl", 0)])
-def test_diffusers_loads_the_same_student(built, tmp_path, name, alpha):
+def test_diffusers_loads_the_same_student(built, student):
     """As users of released students do, but for the times, which are those of the trained modes here only."""
-    student_files(built, name, tmp_path, alpha=alpha)
-    ours, theirs = built(name), built(name)
-    load_student(ours, tmp_path)
-    theirs.load_lora_weights(tmp_path)
+    folder, _ = student("sdxl", alpha=2)
+    ours, theirs = built("sdxl"), built("sdxl")
+    load_student(ours, folder)
+    theirs.load_lora_weights(folder)
     theirs.scheduler = LCMScheduler.from_config(theirs.scheduler.config, timestep_spacing="trailing")
     call = {"num_inference_steps": 4, "guidance_scale": 0}
     image = draw(theirs, **call)
@@ -121,22 +118,18 @@ def test_diffusers_loads_the_same_student(built, tmp_path, name, alpha):
     assert theirs.scheduler.timesteps.tolist() == MODES
 
 
-@pytest.mark.parametrize(("name", "alpha"), [("pixart", 2), ("sd3", 0)])
-def test_peft_loads_the_same_student(built, tmp_path, name, alpha):
-    student_files(built, name, tmp_path, alpha=alpha)
-    ours, theirs = built(name), built(name)
-    load_student(ours, tmp_path)
-    theirs.transformer = PeftModel.from_pretrained(theirs.transformer, tmp_path)
+def test_peft_loads_the_same_student(built, student):
+    folder, _ = student("sd3", alpha=2)
+    ours, theirs = built("sd3"), built("sd3")
+    load_student(ours, folder)
+    theirs.transformer = PeftModel.from_pretrained(theirs.transformer, folder)
     theirs.scheduler = ours.scheduler
-    call = {"num_inference_steps": 4, "guidance_scale": 0}
-    if name == "sd3":
-        theirs.__class__ = type(ours)  # hands the generator on
-    assert torch.allclose(draw(ours), draw(theirs, **call), atol=1e-5)
+    theirs.__class__ = type(ours)  # hands the generator on
+    assert torch.allclose(draw(ours), draw(theirs, num_inference_steps=4, guidance_scale=0), atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "form"), [("sd15", "unet"), ("sdxl", "unet"), ("sd15", "lora.down"),
-                                            ("sd15", "processor"), ("pixart", "peft"), ("sd3", "peft"),
-                                            ("sd15", "metadata")])
+@pytest.mark.parametrize(("name", "form"), [("sdxl", "unet"), ("sd15", "lora.down"), ("sd15", "processor"),
+                                            ("sd3", "peft"), ("sd15", "metadata")])
 def test_released_formats_load(built, tmp_path, name, form):
     """Files as diffusers and peft of different ages wrote them; they say neither timesteps nor a fingerprint."""
     pipe = built(name)
@@ -158,8 +151,7 @@ def test_released_formats_load(built, tmp_path, name, form):
         save_file({f"unet.{key}": each for key, each in held.items()}, tmp_path / "pytorch_lora_weights.safetensors",
                   metadata if form == "metadata" else None)
     other = built(name)
-    student = load_student(other, tmp_path)
-    assert student.timesteps == (SIGMAS if name == "sd3" else MODES)
+    assert load_student(other, tmp_path).timesteps == (SIGMAS if name == "sd3" else MODES)
     mine, theirs = (dict(part_of(each).named_modules()) for each in (other, pipe))
     layers = [key.rpartition(".lora_A")[0] for key in lora_state(part_of(pipe)) if ".lora_A" in key]
     for layer in layers:
@@ -168,20 +160,20 @@ def test_released_formats_load(built, tmp_path, name, form):
     assert len(layers) == len(lora_state(part_of(other))) / 2
 
 
-def test_fewer_steps_take_some_of_the_trained_times(built, tmp_path):
-    student_files(built, "sd15", tmp_path)
+def test_fewer_steps_take_some_of_the_trained_times(built, student):
+    folder, _ = student("sd15")
     pipe = built("sd15")
-    student = load_student(pipe, tmp_path, steps=2)
+    loaded = load_student(pipe, folder, steps=2)
     times = seen(pipe)
     draw(pipe)
     draw(pipe, num_inference_steps=1)
     assert times == [999, 499, 999]
-    assert student.timesteps == [999, 499]
+    assert loaded.timesteps == [999, 499]
     with pytest.raises(UserError, match=r"^num_inference_steps=5: .*999, 749, 499, 249; choose from 1 to 4 steps$"):
         draw(pipe, num_inference_steps=5)
-    student.disable()
+    loaded.disable()
     with pytest.raises(UserError, match="num_inference_steps=8"):
-        load_student(pipe, tmp_path, steps=8)
+        load_student(pipe, folder, steps=8)
     assert not lora_state(pipe.unet)
     assert isinstance(pipe.scheduler, DDIMScheduler)
 
@@ -193,43 +185,36 @@ def test_times_that_no_lcm_grid_has():
         pick(MODES, 0)
 
 
-def test_guidance_of_the_call_is_obeyed(built, tmp_path):
-    student_files(built, "sd15", tmp_path)
+def test_guided_and_merged(built, student):
+    """Guidance of the call is obeyed, and a student that is merged is as good."""
     pipe = built("sd15")
-    load_student(pipe, tmp_path)
-    assert not torch.allclose(draw(pipe, guidance_scale=5.0), draw(pipe), atol=1e-3)
-
-
-def test_merged_is_as_good(built, tmp_path):
-    student_files(built, "sd15", tmp_path)
-    pipe = built("sd15")
-    load_student(pipe, tmp_path)
+    load_student(pipe, student("sd15")[0])
     image = draw(pipe)
+    assert not torch.allclose(draw(pipe, guidance_scale=5.0), image, atol=1e-3)
     merge_lora(pipe.unet)
     assert torch.allclose(draw(pipe), image, atol=1e-4)
 
 
-def test_the_card_says_what_it_is(built, tmp_path):
-    pipe = student_files(built, "sd15", tmp_path, alpha=2)
-    card = json.loads((tmp_path / "student.json").read_text())
+def test_the_card_says_what_it_is(student):
+    folder, pipe = student("sd15", alpha=2)
+    card = json.loads((folder / "student.json").read_text())
     assert {"rank": 4, "alpha": 2, "timesteps": MODES, "guidance_scale": 0.0, "base": "a/model",
             "network": "UNet2DConditionModel"}.items() <= card.items()
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["pytorch_lora_weights.safetensors", "student.json"]
-    names = load_file(tmp_path / "pytorch_lora_weights.safetensors").keys()
+    assert sorted(each.name for each in folder.iterdir()) == ["pytorch_lora_weights.safetensors", "student.json"]
+    names = load_file(folder / "pytorch_lora_weights.safetensors").keys()
     assert names == {f"unet.{name}" for name in lora_state(pipe.unet)}
 
 
-def test_averages_of_a_wrapped_network_are_written(built, tmp_path):
-    """As a trainer does: the network is inside another, and the LoRA is that of an average."""
+def test_what_is_around_a_network_leaves_no_trace(built, tmp_path):
+    """As a trainer's `PipelineNet`."""
     pipe = built("pixart")
     wrapped = torch.nn.ModuleDict({"transformer": pipe.transformer})
     train(wrapped)
-    average = {name: each / 2 for name, each in lora_state(wrapped).items()}
-    save_student(tmp_path, wrapped, MODES, tensors=average)
+    save_student(tmp_path, wrapped, MODES)
     held = load_file(tmp_path / "adapter_model.safetensors")
-    assert held.keys() == {PEFT + name.removeprefix("transformer.") for name in average}
-    name = next(iter(average))
-    assert torch.equal(held[PEFT + name.removeprefix("transformer.")], average[name])
+    learned = {PEFT + name.removeprefix("transformer."): each for name, each in lora_state(wrapped).items()}
+    assert held.keys() == learned.keys()
+    assert all(torch.equal(each, learned[name]) for name, each in held.items())
 
 
 def test_a_network_of_ours_travels_too(tmp_path):
@@ -247,11 +232,10 @@ def test_a_network_of_ours_travels_too(tmp_path):
         save_student(tmp_path, network(), MODES)
 
 
-def test_half_precision_is_the_same_base(built, tmp_path):
-    student_files(built, "sd15", tmp_path)
+def test_half_precision_is_the_same_base(built, student):
     pipe = built("sd15")
     pipe.unet.half()
-    load_student(pipe, tmp_path)
+    load_student(pipe, student("sd15")[0])
     assert {each.dtype for each in lora_state(pipe.unet).values()} == {torch.float16}
 
 
@@ -264,8 +248,8 @@ def refused(pipe, folder, *fragments, **options):
         assert fragment in text, text
 
 
-def test_a_student_of_another_base_is_refused(built, tmp_path):
-    student_files(built, "sd15", tmp_path)
+def test_a_student_of_another_base_is_refused(built, student, tmp_path):
+    shutil.copytree(student("sd15")[0], tmp_path, dirs_exist_ok=True)
     pipe = built("sd15")
     torch.manual_seed(9)
     for parameter in pipe.unet.parameters():
@@ -279,20 +263,20 @@ def test_a_student_of_another_base_is_refused(built, tmp_path):
     refused(built("pixart"), tmp_path, "is a LoRA of another network", "PixArtTransformer2DModel")
 
 
-def test_pipelines_that_cannot_say_which_can(built, tmp_path):
-    student_files(built, "sd15", tmp_path)
+def test_pipelines_that_cannot_say_which_can(built, student):
+    folder, _ = student("sd15")
     pipe = DDIMPipeline(unet2d(), DDIMScheduler())
-    refused(pipe, tmp_path, "a DDIMPipeline is not supported", "UNet2DConditionModel", "PixArtTransformer2DModel")
+    refused(pipe, folder, "a DDIMPipeline is not supported", "UNet2DConditionModel", "PixArtTransformer2DModel")
     pipe = built("sd15")
-    load_student(pipe, tmp_path)
-    refused(pipe, tmp_path, "has a LoRA already")
+    load_student(pipe, folder)
+    refused(pipe, folder, "has a LoRA already")
 
 
-def test_folders_that_hold_no_student(built, tmp_path):
+def test_folders_that_hold_no_student(built, student, tmp_path):
     pipe = built("pixart")
     refused(pipe, tmp_path, "neither pytorch_lora_weights.safetensors nor adapter_model.safetensors")
     refused(pipe, tmp_path / "nowhere", "is no folder")
-    student_files(built, "pixart", tmp_path)
+    shutil.copytree(student("pixart")[0], tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
     refused(pipe, tmp_path, "use_rslora=True is not supported")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tiny_pipelines import CROSS, autoencoder, clip_text_model, clip_tokenizer
 
+import distillate
 import eval as eval_script
 import sample
 import train
@@ -70,8 +71,9 @@ REGIMES = {
 }
 CONFIG = '''
 from libs.defaults import base_config, uvit_backbone
+from libs.methods import METHODS, apply_methods
 
-def get_config():
+def get_config(methods=""):
     config = base_config()
     config.compute.update(rows=3, device="cpu")
     config.data.update(image_size=32, channels=3)
@@ -79,6 +81,7 @@ def get_config():
     config.train.update(batch_size=4, warmup=0, lr=1e-3, save_every=2, log_every=1, preview_every=0, keep=9)
     config.eval.update(reference="{root}/images", cost_images=2)
     {regime}
+    apply_methods(config, methods, METHODS)
     return config
 '''
 
@@ -393,6 +396,15 @@ def test_a_clip_score_of_seeds(root, text_model, tmp_path, monkeypatch, run_main
     score = json.loads((tmp_path / "a.json").read_text())["metrics"]["clip_score"]
     assert seen == [SHOWN[seed % 2] for seed in range(5)]
     assert (score["value"], score["samples"]) == (pytest.approx(60), 5)
+
+
+def test_distillation_of_a_text_model(root, text_model, tmp_path, run_main):
+    ran = run_main(distillate.main, f"--config={root}/text.py:progressive", f"--checkpoint={text_model}",
+                   f"--workdir={tmp_path}", "--config.distill.start_steps=4", "--config.train.steps=2",
+                   "--config.train.batch_size=4", "--config.train.preview_every=0", "--config.distill.pair_images=3",
+                   "--config.distill.prediction=eps", "--config.compute.device=cpu")
+    assert ran.status == 0, ran.stderr
+    assert (tmp_path / "pairs" / "steps_0002.png").is_file()
 
 
 def test_two_processes(root, text_model, tmp_path, run_main):

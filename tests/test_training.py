@@ -15,8 +15,9 @@ from libs.backbones.recompute import recompute_activations
 from libs.codecs import PixelCodec
 from libs.data import ImageData
 from libs.errors import UserError
+from libs.lora import AdaptersOff, add_lora
 from libs.processes import Processes
-from libs.training import Batches, Run, diffusion_loss, load_training_data, new_network, validate
+from libs.training import Batches, Run, Trainer, diffusion_loss, load_training_data, new_network, validate
 from libs.training.loop import StopSignals
 from libs.training.report import Report
 from libs.training.setup import choose_precision, start_network
@@ -240,10 +241,23 @@ def test_folder_of_another_run_is_refused(tmp_path):
 
     config = tiny_config(steps=3, log_every=2, save_every=5, preview_every=7, eval_images=9, max_minutes=4.0, keep=3)
     config.compute.precision = "bf16"
+    config.data.update(shard_cache="elsewhere", shard_cache_gb=1.0)
     assert Run(tmp_path, config, None, processes).resume().step == 2
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json cannot be read"):
         Run(tmp_path, config, None, processes)
+
+
+def test_a_run_from_before_a_field_goes_on_with_its_usual_value(tmp_path):
+    config = tiny_config(steps=2)
+    fit(config, tmp_path)
+    held = json.loads((tmp_path / "config.json").read_text())
+    del held["data"]["caption_key"]
+    (tmp_path / "config.json").write_text(json.dumps(held))
+    Run(tmp_path, config, None, Processes(CPU))
+    config.data.caption_key = "other"
+    with pytest.raises(UserError, match="--config.data.caption_key='other': the run in .* has 'caption'"):
+        Run(tmp_path, config, None, Processes(CPU))
 
 
 def test_data_that_changed_is_refused(tmp_path):
@@ -267,6 +281,57 @@ def test_report_drops_later_and_torn_rows(tmp_path):
     (tmp_path / "stats.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n{"step": 3, "l')
     Report(tmp_path, 1).close()
     assert rows_of(tmp_path) == [{"step": 1, "loss": 2}]
+
+
+# What learns beside the network, and what samples
+
+
+class Beside:
+    """The diffusion loss, and a module that learns beside the network by a loss whose gradient is infinite at `at`."""
+
+    def __init__(self, at):
+        self.modules, self.at = nn.Linear(1, 1), at
+
+    def __call__(self, denoiser, batch):
+        weight = self.modules.weight.sum()
+        return diffusion_loss(denoiser, batch) + ((weight - weight.detach()).abs().sqrt() if batch.step == self.at
+                                                  else weight)
+
+
+def test_nothing_is_saved_after_what_learns_beside_the_network_has_failed(tmp_path):
+    with pytest.raises(UserError, match="the loss is not finite at step 2; the last good checkpoint is .*00000001"):
+        fit(tiny_config(save_every=1), tmp_path, Beside(1))
+    assert Checkpoints(tmp_path / "ckpts").steps() == [1]
+
+
+def test_a_policy_of_the_previews_leaves_training_alone(tmp_path):
+    """Without an average too, where the network that learns could be the one that samples."""
+    runs = []
+    for policy in ({"name": "full"}, {"name": "encoder_propagation", "key_steps": "every:2", "parallel": False}):
+        config = tiny_config(steps=2, preview_every=1, preview_images=1, ema=0.0)
+        with config.unlocked():
+            config.policy = policy
+        runs.append(fit(config, tmp_path / policy["name"])[0].run)
+    assert_equal_runs(*runs, step=2)
+
+
+def test_a_lora_learns_on_a_network_that_drops_nothing(tmp_path):
+    """With its LoRA off it is a teacher. Before and after a preview."""
+    config = tiny_config()
+    with config.unlocked():
+        config.backbone = {"name": "ddpm_unet", "in_channels": 1, "channel": 8, "channel_multiplier": (1,),
+                           "n_res_blocks": 1, "attn_strides": (), "num_classes": 11, "dropout": 0.5}
+    net, description = new_network(config)
+    add_lora(net, 2)
+    trainer = Trainer(config, Run(tmp_path, config, None, Processes(CPU)), net, description, diffusion_loss)
+    teacher, given = AdaptersOff(net), (torch.randn(2, 1, 8, 8), torch.full((2,), 500.0), torch.tensor([1, 2]))
+    assert torch.equal(teacher(*given), teacher(*given))
+    trainer.window = 0.0
+    with trainer._aside():
+        pass
+    assert torch.equal(teacher(*given), teacher(*given))
+    net.train()
+    assert not torch.equal(teacher(*given), teacher(*given))
 
 
 # Quality of the average

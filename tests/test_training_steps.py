@@ -164,8 +164,25 @@ def test_average_follows_weights_and_buffers():
     assert not ema.net.training
     assert not ema.net.weight.requires_grad
 
-    copying = EMA(net, 0.0)
+
+def test_without_decay_the_average_is_the_network():
+    net = nn.BatchNorm1d(3)
+    assert EMA(net, 0.0).net is net
+    copying = EMA(net, 0.0, apart=True)
     with torch.no_grad():
         net.weight.normal_()
+    assert not torch.equal(copying.net.weight, net.weight)
     copying.update()
     assert torch.equal(copying.net.weight, net.weight)
+
+
+def test_an_average_of_a_frozen_half_and_what_learns():
+    """As of a LoRA, which is float32 on a base in half precision."""
+    net = nn.Sequential(nn.Linear(2, 2).bfloat16().requires_grad_(False), nn.Linear(2, 2))
+    held, learned = net[0].weight.clone(), net[1].weight.detach().clone()
+    ema = EMA(net, 0.75)
+    with torch.no_grad():
+        net[1].weight.zero_()
+    ema.update()
+    assert torch.equal(ema.net[0].weight, held)
+    torch.testing.assert_close(ema.net[1].weight, 0.75 * learned)

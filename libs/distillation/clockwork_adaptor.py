@@ -59,7 +59,7 @@ def distil(config: ConfigDict, workdir: str, checkpoint: str | None, prompts: st
     start = "" if of_pipeline else str(checkpoint or config.checkpoint)
     run = Run(output_dir(workdir, "workdir"), config, start, processes)
     if of_pipeline:
-        teacher = pipeline_teacher(config, read_prompts(prompts), processes.device)
+        teacher = pipeline_teacher(config, read_prompts(prompts), processes.device, overrides)
     else:
         teacher = chain_teacher(config, checkpoint, processes.device, overrides)
     training = AdaptorTraining(config, run, teacher)

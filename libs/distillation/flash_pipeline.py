@@ -19,9 +19,8 @@ from ..build import DTYPES, make_denoiser, make_times
 from ..data import load_data
 from ..data.canny import canny
 from ..data.shards import ShardData
-from ..errors import UserError
+from ..errors import UserError, choose
 from ..generate import Chain
-from ..lora import lora_state
 from ..pipelines.model import PipelineModel, load_pipeline_model
 from ..pipelines.student import save_student
 from ..policies import Full
@@ -121,8 +120,8 @@ class PipelineTrainer(FlashTrainer):
             os.replace(temporary, folder)
             return
         times = denoiser.time_input(self.chain.ts[:-1]).tolist()
-        save_student(folder, net, times, lora_state(net), base=self.config.pipeline.path,
-                     steps=self.config.distill.student_steps, trained={"steps": self.step})
+        save_student(folder, net, times, base=self.config.pipeline.path, steps=self.config.distill.student_steps,
+                     trained={"steps": self.step})
 
 
 def distil_pipeline(config: ConfigDict, stages: list[Stage], run: Run, began: float) -> int:
@@ -135,6 +134,7 @@ def distil_pipeline(config: ConfigDict, stages: list[Stage], run: Run, began: fl
     if config.data.name not in CAPTIONED:
         raise UserError(f"--config.data.name={config.data.name}: a pipeline learns from images with captions; choose "
                         f"from {', '.join(CAPTIONED)}")
+    encoders = choose("--config.distill.text_encoder_device", config.distill.text_encoder_device, ("auto", "cpu"))
     saved = run.resume()
     if saved is not None and saved.step >= config.train.steps:
         logging.info("%s is finished: %d steps; a larger --config.train.steps goes on", run.workdir, saved.step)
@@ -144,11 +144,11 @@ def distil_pipeline(config: ConfigDict, stages: list[Stage], run: Run, began: fl
     negative = config.distill.negative_prompt or section.negative_prompt
     model = load_pipeline_model({**section, "height": size, "width": size, "negative_prompt": negative},
                                 processes.device, dtype or torch.float32)
-    with config.unlocked():
-        config.data.image_size = model.image_size
+    config = config.copy_and_resolve_references()  # the run knows what the command said, and goes on with that
+    config.data.image_size = model.image_size
     data = load_data(**{name: value for name, value in config.data.items() if name != "flip"}).to(processes.device)
-    if config.distill.text_encoder_device != "auto":
-        model.encoders_to(config.distill.text_encoder_device)
+    if encoders != "auto":
+        model.encoders_to(encoders)
     setup = FlashSetup(config, stages, model.net, model.description, section.path, model.codec, model.null, precision,
                        processes.device)
     trainer = PipelineTrainer(config, run, setup, precision, Captions(model, data))

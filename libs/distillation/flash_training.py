@@ -15,10 +15,16 @@ from absl import logging
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
-from ..build import MODEL_SECTIONS, adopt_sampler, load_model, make_denoiser, prepare_backbone
-from ..cli import choose_device, output_dir
+from ..build import (
+    MODEL_SECTIONS,
+    adopt_sampler,
+    image_conditioners,
+    load_model,
+    make_denoiser,
+    prepare_backbone,
+)
 from ..codecs import Codec, make_codec
-from ..conditioners import unconditional
+from ..conditioners import Conditioners, unconditional
 from ..config import override
 from ..data.images import save_png
 from ..errors import UserError, choose
@@ -26,7 +32,6 @@ from ..generate import Chain
 from ..heads.discriminator import make_discriminator
 from ..methods import clockwork, encoder_propagation
 from ..montage import montage
-from ..processes import Processes
 from ..samplers import make_sampler
 from ..schedule import make_schedule, time_grid
 from ..seeds import parse_labels
@@ -40,13 +45,13 @@ from .student import hold, refuse_other_schedule
 from .teacher_features import TeacherFeatures, feature_shape
 
 SHOWN_STEPS = (1, 2, 4)  # of the student, in its pictures
-LORA = {"lora_rank": 0, "lora_alpha": 0, "student_steps": 1, "discriminator_width": 1}  # fields: their least values
+AT_LEAST = {"lora_rank": 0, "lora_alpha": 0, "student_steps": 1, "discriminator_width": 1}  # of its section
 
 
 def check(config: ConfigDict, processes: int) -> list[Stage]:
     """The stages; settings that make no training are refused before anything is loaded."""
     section = config.distill
-    for field, least in LORA.items():
+    for field, least in AT_LEAST.items():
         if section[field] < least:
             raise UserError(f"--config.distill.{field}={section[field]} must be at least {least}")
     if not section.discriminator_lr > 0:
@@ -54,22 +59,28 @@ def check(config: ConfigDict, processes: int) -> list[Stage]:
     if config.policy.name != "full":
         raise UserError(f"policy.name={config.policy.name!r}: a student learns from the whole network; leave the "
                         "policy out, and use it when the student samples")
+    modes = len(str(section.mode_weights).split(";")[0].split(","))
+    if section.start == "modes" and modes % section.student_steps:
+        raise UserError(f"--config.distill.student_steps={section.student_steps}: a student is trained at {modes} "
+                        "times (mode_weights), of which so many are not evenly spread")
     numbers = {"train": config.train, "eval": config.eval, "seed": config.seed, "cond": {"drop": 0.0}}
     validate(ConfigDict(numbers), processes)
     return read_stages(section)
 
 
-def null_condition(cond: Mapping[str, Any], empty: Tensor | None) -> Callable[[dict], dict] | None:
+def null_condition(cond: Mapping[str, Any], empty: Tensor | None,
+                   conditioners: Conditioners | None = None) -> Callable[[dict], dict] | None:
     """What a network is guided against, as `null(cond) -> cond` of the same shapes; None where there is nothing.
 
-    cond: of the network's description. empty: (tokens, width) of the empty text, for a network of texts.
+    cond: of the network's description. empty: (tokens, width) of the empty text, for a network of texts. conditioners:
+        of a network of images.
     """
     if cond["kind"] == "label" and cond["null_label"] >= 0:
         return lambda held: {"y": torch.full_like(held["y"], cond["null_label"])}
     if cond["kind"] == "text" and empty is not None:
         return lambda held: {"context": empty.expand_as(held["context"])}
-    if cond["kind"] == "image" and cond["drop"] > 0:
-        return lambda held: unconditional(held, cond["null_label"])
+    if conditioners is not None and conditioners.guidable:
+        return lambda held: unconditional(held, conditioners.null_label)
     return None
 
 
@@ -77,6 +88,8 @@ def student_description(config: ConfigDict, teacher: Mapping[str, Any]) -> dict[
     """What the student's checkpoints say: the teacher's sections, no guidance, and the sampler of a few steps."""
     description = {name: copy.deepcopy(teacher[name]) for name in (*MODEL_SECTIONS, "image")}
     description["cond"].update(drop=0.0)
+    if description["cond"]["kind"] == "label":  # conditioners say by their rates whether they can be guided
+        description["cond"]["null_label"] = -1
     sampler = student_sampler(config.distill.student_steps, make_schedule(**description["schedule"]))
     kept = {name: config.sampler[name] for name in ("threshold", "threshold_value")}
     description["sampler"] = {**sampler, **kept, "cfg_scale": 1.0}
@@ -113,8 +126,11 @@ class FlashSetup:
     def __init__(self, config: ConfigDict, stages: list[Stage], net: nn.Module, held: Mapping[str, Any], start: str,
                  codec: Codec, null: Callable[[dict], dict] | None, precision: str, device: torch.device):
         section = config.distill
+        if "guidance" in held["cond"]:
+            raise UserError("--checkpoint: the teacher takes the guidance scale as an input, which a student of Flash "
+                            "Diffusion does not; name a model that takes none")
         torch.manual_seed(config.seed)  # of what is new: LoRA and discriminator
-        self.stages, self.solver = stages, section.teacher_solver
+        self.stages, self.solver, self.null_label = stages, section.teacher_solver, held["cond"]["null_label"]
         self.description = student_description(config, held)
         self.student = net.requires_grad_(True)
         if section.lora_rank:
@@ -131,6 +147,10 @@ class FlashSetup:
         policy = rollout_policy(section.teacher_policy)
         self.objective = Flash(stages, self.teacher, null, features, discriminator, section, codec.pixels,
                                policy and partial(cached, frozen, policy))
+        learned = sum(each.numel() for each in net.parameters() if each.requires_grad)
+        beside = sum(each.numel() for each in discriminator.parameters()) if discriminator else 0
+        logging.info("%s parameters learn in the %s, %s in the discriminator", f"{learned:,}",
+                     "student's LoRA" if section.lora_rank else "student", f"{beside:,}")
         self.objective.lr_factor = section.discriminator_lr / config.train.lr
         adopt_sampler(config, self.description)
 
@@ -177,7 +197,7 @@ class FlashTrainer(Trainer):
         stage = self.setup.stages[-1]
         chain = few_steps(self.chain, stage.steps)
         return replace(chain, denoiser=self.setup.teacher, sampler=make_sampler(self.setup.solver, order=2),
-                       cfg_scale=sum(stage.guidance) / 2)
+                       cfg_scale=sum(stage.guidance) / 2, null_label=self.setup.null_label)
 
 
 def few_steps(chain: Chain, steps: int) -> Chain:
@@ -191,27 +211,11 @@ def images_of(chain: Chain, seeds: list[int], labels: list[int] | None) -> Tenso
     return torch.cat([images.cpu() for _, images in chain.images(seeds, labels)])
 
 
-def distil(config: ConfigDict, workdir: str, checkpoint: str | None, began: float) -> int:
-    """Train the student of `config.distill` in the folder `workdir`, or go on there. Returns the exit status.
-
-    checkpoint: the teacher, None for the config's own; began: see `Trainer.train`.
-    """
-    processes = Processes(choose_device(config.compute.device))
-    stages = check(config, processes.count)
-    start = config.pipeline.path if "pipeline" in config else str(checkpoint or config.checkpoint)
-    run = Run(output_dir(workdir, "workdir"), config, start, processes)
-    if "pipeline" in config:
-        from .flash_pipeline import distil_pipeline  # diffusers takes seconds to import
-
-        status = distil_pipeline(config, stages, run, began)
-    else:
-        status = distil_chain(config, stages, run, began)
-    processes.close()
-    return status
-
-
 def distil_chain(config: ConfigDict, stages: list[Stage], run: Run, began: float) -> int:
-    """The same of a chain's model, in `run`."""
+    """Train the student of `config.distill` in `run`, or go on there. Returns the exit status, as `Trainer.train`.
+
+    stages: of `check`. began: `time.monotonic()` from which `train.max_minutes` counts.
+    """
     processes, precision = run.processes, choose_precision(config)
     saved = run.resume()
     if saved is not None and saved.step >= config.train.steps:
@@ -221,7 +225,9 @@ def distil_chain(config: ConfigDict, stages: list[Stage], run: Run, began: float
     refuse_other_schedule(config, held)
     data = load_training_data(config.data, held, processes.device)
     codec = make_codec(held["codec"], processes.device)
-    null = null_condition(held["cond"], getattr(data, "empty_context", None))
+    size = codec.latent_shape(held["image"]["size"], held["image"]["channels"])[1:]
+    conditioners = image_conditioners(held, net, size, torch.device("cpu"))
+    null = null_condition(held["cond"], getattr(data, "empty_context", None), conditioners)
     setup = FlashSetup(config, stages, net, held, run.start, codec, null, precision, processes.device)
     trainer = FlashTrainer(config, run, setup, precision)
     trainer.restore(saved)

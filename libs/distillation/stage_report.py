@@ -36,6 +36,7 @@ from ..montage import montage
 from ..processes import Processes
 from ..schedule import make_schedule
 from ..seeds import parse_labels
+from ..training.batches import OF_DATA, load_training_data, show_data
 from ..training.quality import score
 from .progressive import student_sampler
 from .quality_curve import DDIM, DPM_SOLVER_PP, LABELS, STUDENT, draw, report_text
@@ -138,7 +139,7 @@ class StageReport:
             if config.distill[name] < 0:
                 raise UserError(f"--config.distill.{name}={config.distill[name]} must be at least 0")
         self.seeds = list(range(config.distill.report_images)) if config.eval.metrics else []
-        self.held = self._read()
+        self.held, self._data = self._read(), None
         if self.seeds:
             shape = (config.data.image_size, config.data.image_size, config.data.channels)
             self._fresh = Metrics(Request(config.eval, len(self.seeds), shape, self.device, config.data,
@@ -194,7 +195,7 @@ class StageReport:
 
     def _images(self, sampling: Sampling) -> Tensor:
         """uint8 (n, h, w, c) of the pictures' seeds."""
-        chain, seeds = sampling.chain(self.device), list(range(self.config.distill.pair_images))
+        chain, seeds = self._chain(sampling), list(range(self.config.distill.pair_images))
         batches = chain.images(seeds, parse_labels(None, seeds, chain.num_classes))
         images = torch.cat([images.cpu() for _, images in batches])
         del chain, batches
@@ -209,7 +210,7 @@ class StageReport:
         if self.processes.agree(int(known)):
             return
         logging.info("scoring %s at %d step%s", LABELS[kind], steps, "s" * (steps > 1))
-        chain = sampling.chain(self.device)
+        chain = self._chain(sampling)
         measured = score(self._fresh, chain, self.seeds, self.processes)
         calls = chain.nfe * (2 if chain.num_classes and chain.cfg_scale != 1 and not chain.takes_scale else 1)
         del chain
@@ -224,6 +225,13 @@ class StageReport:
         self._board.flush()
         told = ", ".join(f"{metric} {each['value']:.4g}" for metric, each in measured.items())
         logging.info("%s at %d step%s, %d images: %s", LABELS[kind], steps, "s" * (steps > 1), len(self.seeds), told)
+
+    def _chain(self, sampling: Sampling) -> Chain:
+        chain = sampling.chain(self.device)
+        if sampling.description["cond"]["kind"] in OF_DATA:
+            self._data = self._data or load_training_data(self.config.data, sampling.description, self.device)
+            show_data(chain, sampling.description, self._data)
+        return chain
 
     @functools.cached_property
     def _board(self):

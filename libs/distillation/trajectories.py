@@ -54,14 +54,14 @@ def chain_teacher(config: ConfigDict, checkpoint: str | None, device: torch.devi
                    config.sampler.to_dict())
 
 
-def pipeline_teacher(config: ConfigDict, prompts: list[str], device: torch.device) -> Teacher:
+def pipeline_teacher(config: ConfigDict, prompts: list[str], device: torch.device, overrides=()) -> Teacher:
     """The UNet of a diffusers pipeline, seed i with prompt i modulo their number. Nothing is decoded to images."""
     from ..pipelines.sampling import PipelineSampler
 
     if config.pipeline.name == "controlnet":
         raise UserError("pipeline.name='controlnet': train the adaptor on the plain pipeline (configs/sd15.py), whose "
                         "UNet is the same")
-    section, source = config.pipeline, PipelineSampler(config, prompts, device)
+    section, source = config.pipeline, PipelineSampler(config, prompts, device, chosen=overrides)
     options = {"num_inference_steps": section.steps, "guidance_scale": section.guidance,
                "height": section.height or None, "width": section.width or None, "output_type": "latent"}
     if section.negative_prompt:

@@ -119,7 +119,7 @@ class PipelineCodec(KLCodec):
     """
 
     def __init__(self, vae: nn.Module, device: torch.device | str = "cpu", chunk: int = 16):
-        self.vae = nn.Module.to(vae, device, torch.float32)  # diffusers' own warns of a cast
+        self.vae = nn.Module.to(vae, device, torch.float32)
         self.device, self.chunk = torch.device(device), chunk
         mean, std = (vae.config.get(f"latents_{name}") for name in ("mean", "std"))
         if mean is None or std is None:
@@ -213,10 +213,11 @@ def describe_scheduler(scheduler: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def load_pipeline_model(section: Mapping, device: torch.device | str = "cpu",
                         dtype: torch.dtype = torch.float32) -> PipelineModel:
-    """The model of a config's `pipeline` section, its network and text encoders in `dtype`."""
+    """The model of a config's `pipeline` section, all but its autoencoder in `dtype`."""
     pipe, _ = load_pipeline({**section, "scheduler": "own"})
-    with quiet(diffusers_logging, transformers_logging):
-        pipe.to(dtype)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and name != "vae":
+            nn.Module.to(part, dtype)  # diffusers' own warns of a cast
     size = section["height"]
     if size != section["width"]:
         raise UserError(f"pipeline.height={size}, pipeline.width={section['width']}: a chain's images are square")

@@ -1,4 +1,4 @@
-"""Images from seeds and prompts by a diffusers pipeline, with a caching policy or plain.
+"""Images from seeds and prompts by a diffusers pipeline or its student, with a caching policy or plain.
 
 Image i depends on seed i and its prompt alone: every image has a generator of its own, on the host, so that a CPU
 and a GPU start from the same noise. Kernels give a row the same bits only at an equal number of rows, so a call
@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +28,7 @@ from ..data.folder import list_images
 from ..data.images import image_grid
 from ..errors import UserError, choose
 from ..files import reason
-from ..hub import model_id, quiet
+from ..hub import find_model, model_id, quiet
 from ..image_folder import ImageFolder
 from ..policies import make_spec
 from ..prompts import prompts_id, prompts_of
@@ -37,6 +37,7 @@ from .apply import Handle, apply_policy
 from .loading import CONTROLS, load_pipeline
 
 PAIRS = 8  # seeds in the picture of a comparison at most
+ORIGINS = ("path", "student", "other_base")  # fields of the section for which the files themselves stand
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,6 +46,7 @@ class PipelineSampler:
 
     control: an image, or a folder of images, for a ControlNet or a T2I-Adapter: seed i is steered by image i modulo
         their number.
+    chosen: fields of the config that the user set, which a student does not.
     Raises UserError, naming the field, for a model that is not there and for settings that do not exist.
 
     rows         images in one call of the pipeline (twice as many in its network under guidance)
@@ -55,17 +57,17 @@ class PipelineSampler:
     num_classes = 0  # prompts take the place of labels
 
     def __init__(self, config: ConfigDict, prompts: Sequence[str], device: torch.device,
-                 control: str | None = None):
+                 control: str | None = None, chosen: Collection[str] = ()):
         section, compute = config.pipeline, config.compute
         _check(section, compute)
         self.section, self.policy, self.compute = section, config.policy, compute
         self.prompts, self.device, self.rows = prompts, device, compute.rows
         self.steered_by = next((field for field in CONTROLS if field in section), None)
         self.control = _control_files(control, self.steered_by is not None)
-        self.cfg_scale = section.guidance
         self.spec = make_spec(config.policy)
         dtype = choose("compute.precision", compute.precision, DTYPES)
-        self.pipe, models = load_pipeline(section)
+        self.pipe, models = load_pipeline(section) if not section.student else load_with_student(section, chosen)
+        self.cfg_scale = section.guidance
         with quiet(diffusers_logging, transformers_logging):
             self.pipe.to(device, dtype)
         if compute.compile:
@@ -73,7 +75,7 @@ class PipelineSampler:
         self.pipe.scheduler.set_timesteps(section.steps)
         self.nfe = len(self.pipe.scheduler.timesteps)
         self.handle = self._apply()
-        held = {"pipeline": {name: value for name, value in section.items() if name not in ("path", *CONTROLS)},
+        held = {"pipeline": {name: value for name, value in section.items() if name not in (*ORIGINS, *CONTROLS)},
                 "models": {name: model_id(folder) for name, folder in models.items()},
                 "policy": config.policy.to_dict(), "prompts_sha256": prompts_id(prompts),
                 "control_sha256": file_sha256(control) if control else None,
@@ -129,6 +131,35 @@ class PipelineSampler:
         for start in range(0, len(seeds), batch_size):
             batch = list(seeds[start:start + batch_size])
             yield batch, torch.cat([self.sample(batch[i:i + self.rows]) for i in range(0, len(batch), self.rows)])
+
+
+def load_with_student(section: ConfigDict, chosen: Collection[str]) -> tuple[Any, dict[str, Path]]:
+    """`load_pipeline`, the section's student merged into the network.
+
+    The section takes over the student's scheduler, steps and guidance, but for what is in `chosen`.
+    """
+    from ..lora import merge_lora
+    from .student import load_student  # peft takes seconds to import
+
+    if "pipeline.scheduler" in chosen and section.scheduler != "own":
+        raise UserError(f"pipeline.scheduler={section.scheduler!r}: a student samples by its own at the times that it "
+                        "was trained at; leave the field out")
+    section.scheduler = "own"
+    folder = _student_folder(section.student)
+    pipe, models = load_pipeline(section)
+    student = load_student(pipe, folder, steps=1, other_base=section.other_base)  # each call says its steps
+    if "pipeline.steps" not in chosen:
+        section.steps = len(pipe.scheduler.trained)
+    if "pipeline.guidance" not in chosen:
+        section.guidance = student.call["guidance_scale"]
+    merge_lora(student.network)
+    return pipe, {**models, "student": folder}
+
+
+def _student_folder(name: str) -> Path:
+    """What distillate.py wrote into the WORKDIR `name`, or else the folder or hub id itself."""
+    written = Path(name).expanduser() / "student"
+    return written if written.is_dir() else find_model(name, "pipeline.student")
 
 
 def compare(sampler: PipelineSampler, seeds: Sequence[int], folder: ImageFolder,

@@ -37,7 +37,10 @@ def pipeline_config(methods: str, name: str, path: str, **options) -> ConfigDict
         "name": name,
         "path": path,
         "variant": "",  # of the weights' files, such as fp16
-        "scheduler": "ddim",  # see libs/pipelines/loading.py; own is the one that the pipeline comes with
+        "student": "",  # few-step student to sample with: folder, WORKDIR of distillate.py, or hub id; it brings its
+        # scheduler, steps and guidance along
+        "other_base": False,  # a student also on weights that it was not trained on
+        "scheduler": "ddim",  # see libs/pipelines/loading.py; own is that of the pipeline, or its student
         "steps": 50,
         "guidance": 7.5,  # w of uncond + w (cond - uncond); 1 is no guidance
         "negative_prompt": "",

@@ -22,11 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..checkpoint import has_lora, read
+from ..checkpoint import read
 from ..errors import UserError
 from ..files import atomic_path, reason
 from ..hub import find_model
 from ..lora import attach_lora, family_of, fingerprint, lora_config, lora_state, remove_lora, same_weights
+from ..weights import has_lora
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights reads
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what peft's from_pretrained reads
@@ -39,15 +40,13 @@ OLD_NAMES = (("processor.", ""), ("_lora.", ".lora."), (".to_out.lora.", ".to_ou
              (".lora.down.", ".lora_A."), (".lora.up.", ".lora_B."))  # of diffusers before peft
 
 
-def save_student(folder: str | Path, net: nn.Module, timesteps: Sequence[float],
-                 tensors: Mapping[str, Tensor] | None = None, base: str = "", **told: Any) -> None:
+def save_student(folder: str | Path, net: nn.Module, timesteps: Sequence[float], base: str = "", **told: Any) -> None:
     """Write the LoRA of `net` so that `pipe.load_lora_weights(folder)` loads it into a pipeline with a UNet, and
     `PeftModel.from_pretrained(network, folder)` into any other network; and `load_student` into either.
 
     net         with `add_lora`'s LoRA; what wraps the network of a pipeline, or of our own, leaves no trace
     timesteps   those that the student was trained at, falling, in the unit of diffusers' schedulers (0 to 999; for
                 flow matching 1000 t)
-    tensors     in place of `lora_state(net)`, such as their averages
     base        hub id or folder of the model that was distilled
     told        further fields of student.json
     """
@@ -55,8 +54,7 @@ def save_student(folder: str | Path, net: nn.Module, timesteps: Sequence[float],
     prefix, network, family = family_of(net)
     config = lora_config(net)
     inside = f"{prefix}." if prefix else ""
-    held = {name.removeprefix(inside): each.detach().cpu().contiguous()
-            for name, each in (lora_state(net) if tensors is None else tensors).items()}
+    held = {name.removeprefix(inside): each.cpu().contiguous() for name, each in lora_state(net).items()}
     targets = sorted(config.target_modules)
     if family == "UNet2DConditionModel":
         # The file has no place for alpha, and readers take the rank for it.
@@ -164,12 +162,13 @@ def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
     return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
-def load_student(pipe: Any, folder: str | Path, steps: int = 4, other_base: bool = False) -> Student:
+def load_student(pipe: Any, folder: str | Path, steps: int = 0, other_base: bool = False) -> Student:
     """Make `pipe` sample with a student: its LoRA, a consistency sampler at the timesteps it was trained at, as many
     steps, and no guidance. `pipe(prompt)` does it all; steps and guidance may still be given in the call.
 
     folder: of `save_student`, or with the LoRA of another training (`load_lora_weights`' file, or peft's two), or a hub
     id such as jasperai/flash-sd; a student that does not say its timesteps was trained at t = 1, 3/4, 1/2 and 1/4.
+    steps: 0 is as many as it was trained at.
     other_base: also for weights that the student was not trained on, such as a fine-tuned model of the same family.
     Offloading of the pipeline, if any, is set up after this.
     Raises UserError, with the pipeline as it was, for a pipeline that it cannot serve, a folder without a LoRA, a LoRA
@@ -185,6 +184,7 @@ def load_student(pipe: Any, folder: str | Path, steps: int = 4, other_base: bool
         raise UserError(f"{source} is a LoRA of another base model ({card.get('base') or 'it does not say which'}): "
                         f"this {type(pipe).__name__} has other weights; other_base=True loads it nevertheless")
     scheduler = _scheduler(pipe, network, card.get("timesteps"))
+    steps = steps or len(scheduler.trained)
     call = {"num_inference_steps": steps, "guidance_scale": card.get("guidance_scale", 0.0)}
     pick(scheduler.trained, steps)  # refused before the weights change
     attach_lora(network, tensors, alpha, source)

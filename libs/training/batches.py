@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ..codecs import Codec, PixelCodec
 from ..conditioners import Draws, make_conditioners
-from ..contexts import KINDS, refuse_other_kind
+from ..contexts import KINDS, DataContexts, refuse_other_kind
 from ..data import ImageData, load_data
 from ..data.feature_data import FeatureData
 from ..data.order import DataOrder
 from ..data.shards import ShardData
 from ..errors import UserError, choose
+from ..generate import Chain
 from ..random import Stream, normal, uniform
 
 
@@ -130,7 +131,19 @@ class Batches:
         return chosen.view(-1, *[1] * (value.dim() - 1))
 
 
-def load_training_data(section: Mapping, description: Mapping, device: torch.device) -> ImageData | FeatureData:
+OF_DATA = ("text", "image")  # kinds of conditions that come with the training set
+
+
+def show_data(chain: Chain, description: Mapping, data: ImageData | FeatureData | ShardData) -> None:
+    """Let a chain make images of the texts, or the conditions, of its training set."""
+    if description["cond"]["kind"] == "text":
+        chain.show(DataContexts(data))
+    elif description["cond"]["kind"] == "image":
+        chain.show_images(data)
+
+
+def load_training_data(section: Mapping, description: Mapping,
+                       device: torch.device) -> ImageData | FeatureData | ShardData:
     """The data set of a config's `data` section, on the device where it fits.
 
     description: of the network that will see it. Raises UserError where images, labels or texts do not fit it.

@@ -95,6 +95,8 @@ class LayerwiseLoss:
     ual_last_layer       L_UAL counts the last layer too, whose error L_simple counts already [False]
     ual_detach           no gradient of L_UAL goes through w_i. Where it does (False, in both), the heads are also
                          pushed to be less certain of layers that err
+    noise_power          errors count max(1, SNR^-p) times [0]. At t near 1 a small error of eps is a large one of x_0:
+                         1 weighs the errors of x_0 there, 1/2 lies between
     lesson               what is learnt: `from_data`, or a `FromStart`
     """
 
@@ -106,26 +108,30 @@ class LayerwiseLoss:
     ual_per_sample: bool = False
     ual_last_layer: bool = True
     ual_detach: bool = False
+    noise_power: float = 0.0
     lesson: Callable[[Denoiser, Batch], Lesson] = from_data
 
     def __post_init__(self):
         choose("early_exit.target", self.target, TARGETS)
         choose("early_exit.u_reduction", self.u_reduction, U_REDUCTIONS)
         choose("early_exit.ual_norm", self.ual_norm, UAL_NORMS)
-        for name in ("lambda_u", "beta_ual"):
+        for name in ("lambda_u", "beta_ual", "noise_power"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--config.early_exit.{name}={getattr(self, name)} must be a number of at least 0")
 
     def __call__(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         x_t, t, cond, target = self.lesson(denoiser, batch)
         out, certainty = denoiser.call(x_t, t, cond, every_layer=True)
-        return self.of_layers(out, certainty, target)
+        counts = torch.exp(-self.noise_power * denoiser.schedule.logsnr(t)).clamp(min=1)
+        return self.of_layers(out, certainty, target, counts.to(out.device, torch.float32))
 
-    def of_layers(self, out: Tensor, certainty: Tensor, target: Tensor) -> Tensor:
+    def of_layers(self, out: Tensor, certainty: Tensor, target: Tensor, counts: Tensor | float = 1.0) -> Tensor:
         """The loss (b,) of outputs g and certainties c of every layer, both (layers, b, c, h, w), target (b, c, h, w).
+
+        counts: (b,), by which errors are multiplied.
         """
         error = out.float() - target
-        squares = _mean_per_image(error.square())  # layers b
+        squares = counts * _mean_per_image(error.square())  # layers b
         simple = squares[-1]
         error_of = error if self.target == "eps_error" else out.float() - out[-1].float()
         true_certainty = 1 - torch.tanh(error_of.detach().abs())

@@ -7,17 +7,18 @@ from torch import nn
 
 
 class EMA:
-    """A copy of `net` in float32 and in eval mode, whose weights follow those of `net`.
+    """A copy of `net` in eval mode, whose weights follow those of `net`.
 
-    decay: weight of the past at each update; 0 is no average: `net` itself, and no copy.
+    decay   weight of the past at each update; 0 is no average: `net` itself, and no copy
+    apart   a copy in any case, to which a policy may put its hooks
     """
 
-    def __init__(self, net: nn.Module, decay: float):
-        self.decay = decay
-        if not decay:
+    def __init__(self, net: nn.Module, decay: float, apart: bool = False):
+        self.decay, self.shared = decay, not (decay or apart)
+        if self.shared:
             self.net = net
             return
-        self.net = copy.deepcopy(net).float().eval().requires_grad_(False)
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
         held, followed = self.net.state_dict(), net.state_dict()  # tensors that share memory with the networks'
         floats = [name for name, tensor in held.items() if tensor.is_floating_point()]
         self._average, self._source = [held[name] for name in floats], [followed[name] for name in floats]
@@ -26,7 +27,7 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """average = decay * average + (1 - decay) * weights, in a few fused kernels."""
-        if not self.decay:
+        if self.shared:
             return
         torch._foreach_lerp_(self._average, self._source, 1 - self.decay)
         for average, source in self._other:  # counters

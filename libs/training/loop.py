@@ -23,11 +23,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..backbones.recompute import recompute_activations
 from ..build import make_chain, make_denoiser, prepare_backbone
 from ..checkpoint import learned_state, load_learned
-from ..contexts import DataContexts
 from ..data import ImageData
 from ..errors import UserError
 from ..generate import Chain
-from .batches import Batches
+from ..weights import has_lora
+from .batches import Batches, show_data
 from .ema import EMA
 from .objective import Objective, beside
 from .optimizer import learning_rate, load_optimizer_state, make_optimizer, parameter_groups
@@ -56,8 +56,9 @@ class Trainer:
         self.config, self.section, self.run, self.processes = config, config.train, run, run.processes
         self.description, self.objective = description, objective
         device = self.device = run.processes.device
-        self.net = prepare_backbone(net, {**config.compute, "compile": False}, device).train()
-        self.ema = EMA(self.net, self.section.ema)
+        self.net = prepare_backbone(net, {**config.compute, "compile": False}, device)
+        self._learn()
+        self.ema = EMA(self.net, self.section.ema, apart=config.policy.name != "full")
         if self.section.grad_checkpoint:
             recompute_activations(self.net)
         self.parallel = None
@@ -77,7 +78,7 @@ class Trainer:
         self.step, self.seconds, self.best, self.images = 0, 0.0, None, None
         self.failed_step = torch.tensor(NEVER, device=device)  # of this process
         self.loss_sum = torch.zeros((), dtype=torch.float32, device=device)  # over its images since the last log
-        self.terms: dict[str, Tensor] = {}  # likewise, of each term that the objective tells of
+        self.terms: dict[str, tuple[Tensor, int]] = {}  # likewise each term that the objective told of, of how many
         self.grad_norm = torch.zeros((), device=device)
 
     def restore(self, saved: Saved | None) -> None:
@@ -129,10 +130,7 @@ class Trainer:
 
     def _show(self, data: ImageData) -> None:
         """Let the chain make images of the texts, or the conditions, of the training set."""
-        if self.description["cond"]["kind"] == "text":
-            self.chain.show(DataContexts(data))
-        elif self.description["cond"]["kind"] == "image":
-            self.chain.show_images(data)
+        show_data(self.chain, self.description, data)
 
     def _make_batches(self, data: ImageData, kind: type[Batches] = Batches, *options) -> Batches:
         section, processes = self.section, self.processes
@@ -154,7 +152,7 @@ class Trainer:
                 loss = self.objective(self.denoiser, batch).sum()
                 self.scaler.scale(loss / self.batches.share).backward()
             total += loss.detach()
-            self._note_terms()
+            self._note_terms(len(batch.positions))
         for each in self.beside.parameters():  # the network's are averaged by DistributedDataParallel
             if each.grad is not None:
                 each.grad = self.processes.mean(each.grad)
@@ -171,9 +169,10 @@ class Trainer:
         self.loss_sum += total
         self.failed_step = torch.where(total.isfinite(), self.failed_step, self.failed_step.clamp(max=step))
 
-    def _note_terms(self) -> None:
+    def _note_terms(self, images: int) -> None:
         for name, value in getattr(self.objective, "terms", {}).items():
-            self.terms[name] = self.terms.get(name, 0.0) + value
+            total, count = self.terms.get(name, (0.0, 0))
+            self.terms[name] = total + value, count + images
 
     def _at_intervals(self, stop: int) -> None:
         last = self.step == self.section.steps
@@ -196,7 +195,7 @@ class Trainer:
         steps, now = self.step - self.logged_at, time.perf_counter()
         images = steps * self.section.batch_size
         loss = float(self.processes.sum(self.loss_sum)) / images
-        terms = {name: float(self.processes.sum(each)) / images for name, each in sorted(self.terms.items())}
+        terms = {name: float(self.processes.mean(total)) / count for name, (total, count) in sorted(self.terms.items())}
         self.loss_sum.zero_()
         self.terms.clear()
         rate = images / (now - self.window)
@@ -242,7 +241,8 @@ class Trainer:
         return {**self.description, "trained": {"steps": self.step, "batch_size": self.section.batch_size}}
 
     def _refuse_failure(self) -> None:
-        refuse_failure(self.run, int(self.failed_step), self.parameters, self.step)
+        learned = [*self.parameters, *self.beside.parameters()]
+        refuse_failure(self.run, int(self.failed_step), learned, self.step)
 
     def _same_data(self, data: ImageData) -> None:
         if self.images not in (None, len(data)):
@@ -259,8 +259,14 @@ class Trainer:
         before = time.perf_counter()
         self.net.eval()
         yield
-        self.net.train()
+        self._learn()
         self.window += time.perf_counter() - before
+
+    def _learn(self) -> None:
+        """The network as it learns. Where that is a LoRA alone, the rest stays in eval mode: without its LoRA it is a
+        teacher, which must not drop anything at random.
+        """
+        self.net.train(not has_lora(self.net))
 
     def _seconds(self) -> float:
         """Spent in the loop, over all pieces of the run."""

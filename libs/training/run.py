@@ -9,6 +9,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from ..defaults import base_config
 from ..errors import UserError
 from ..files import atomic_path, reason
 from ..processes import Processes
@@ -20,7 +21,9 @@ NEVER = 2**62  # the step of a failure that has not happened
 FREE_SECTIONS = ("checkpoint", "compute", "policy", "sampler", "eval")
 FREE_FIELDS = tuple(f"train.{name}" for name in (
     "steps", "accumulate", "grad_checkpoint", "log_every", "save_every", "keep", "preview_every", "preview_images",
-    "eval_every", "eval_images", "max_minutes")) + ("data.download", "cond.text_encoder", "cond.tokens")
+    "eval_every", "eval_images", "max_minutes")) + (
+    "data.download", "data.shard_cache", "data.shard_cache_gb", "cond.text_encoder", "cond.tokens",
+    "distill.text_encoder_device")
 
 
 class Run:
@@ -61,6 +64,9 @@ class Run:
             raise UserError(f"--workdir={self.workdir} holds checkpoints, but its config.json cannot be read "
                             f"({reason(error)}); choose another folder") from error
         held, wanted = _flat(held), _flat(self._wanted())
+        usual = _flat(base_config().to_dict())
+        for field in wanted.keys() - held.keys() & usual.keys():  # it came after the run, which had what is usual now
+            held[field] = json.loads(json.dumps(usual[field]))
         for field in sorted({*held, *wanted}):
             free = field.split(".")[0] in FREE_SECTIONS or field in FREE_FIELDS
             if free or held.get(field) == wanted.get(field):

@@ -21,7 +21,7 @@ from ..build import (
     make_times,
     prepare_backbone,
 )
-from ..checkpoint import build_backbone
+from ..checkpoint import build_backbone, drop_heads
 from ..defaults import base_config
 from ..errors import UserError, choose
 from ..factory import refuse_other_size
@@ -116,9 +116,8 @@ def without_heads(net: nn.Module, description: Mapping[str, Any]) -> tuple[nn.Mo
     """The model for a training that does not teach its uncertainty heads: they go, since they tell how certain the
     weights are with which they were trained.
     """
-    if getattr(net, "lte_classifer", None) is not None:
+    if drop_heads(net):
         logging.info("the network's uncertainty heads are left out: this training would make them wrong")
-        net.lte_classifer = None
         description = {**description, "backbone": {**description["backbone"], "uem": ""}}
     return net, dict(description)
 
