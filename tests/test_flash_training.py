@@ -100,7 +100,7 @@ def test_the_stages_follow_the_updates_and_their_losses_are_told(whole):
 def test_a_student_is_not_guided(whole):
     config = tiny("")
     config.sampler.cfg_scale = 2.0
-    with pytest.raises(UserError, match="cfg_scale=2.0: this model has no null class to guide against; use 1.0"):
+    with pytest.raises(UserError, match="cfg_scale=2.0: a student of Flash Diffusion takes no guidance"):
         load_chain(config, str(whole), CPU, ["sampler.cfg_scale"])
 
 
