@@ -10,6 +10,7 @@ from network_pipelines import PIPELINES
 from small_shards import write_shards
 
 import distillate
+from libs.errors import UserError
 from libs.pipelines import load_student
 from libs.training.state import Checkpoints
 
@@ -94,10 +95,22 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(pipelines, shards, trained, 
     assert all(torch.equal(other.state["beside"][name], value) for name, value in one.state["beside"].items())
 
 
-def test_a_whole_network_is_saved_as_its_folder(pipelines, shards, tmp_path):
+def test_a_whole_network_takes_the_place_of_the_pipelines_own(pipelines, shards, tmp_path):
     fields = ("--config.distill.lora_rank=0", "--config.distill.guidance=1", "--config.train.steps=1")
     assert distillate.main(command("sd15", pipelines("sd15"), shards, tmp_path, *fields)) == 0
     assert (tmp_path / "student" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    pipe = DiffusionPipeline.from_pretrained(pipelines("sd15"))
+    own = pipe.unet
+    with load_student(pipe, tmp_path / "student") as student:
+        learned = Checkpoints(tmp_path / "ckpts").newest().ema
+        assert all(torch.equal(each, learned[f"unet.{name}"]) for name, each in pipe.unet.state_dict().items())
+        assert student.timesteps == [999, 749, 499, 249]
+        assert pipe("picture 3", output_type="latent").images.isfinite().all()
+    assert pipe.unet is own
+
+    other = DiffusionPipeline.from_pretrained(pipelines("sdxl"))
+    with pytest.raises(UserError, match="is a student of another model: .* is "):
+        load_student(other, tmp_path / "student")
 
 
 @pytest.mark.parametrize(("fields", "message"), [

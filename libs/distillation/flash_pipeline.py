@@ -4,8 +4,6 @@ Images and captions come from webdataset shards or a folder; the pipeline's own 
 into what its network sees. WORKDIR/student is what pipelines load; beside it are the checkpoints of the training.
 """
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -112,13 +110,6 @@ class PipelineTrainer(FlashTrainer):
 
     def _write_student(self) -> None:
         folder, denoiser, net = self.run.workdir / STUDENT, self.chain.denoiser, self.ema.net
-        if not self.config.distill.lora_rank:
-            temporary = folder.with_name(f".{STUDENT}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            net.inner.save_pretrained(temporary / net.part)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-            return
         times = denoiser.time_input(self.chain.ts[:-1]).tolist()
         save_student(folder, net, times, base=self.config.pipeline.path, steps=self.config.distill.student_steps,
                      trained={"steps": self.step})

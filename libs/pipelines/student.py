@@ -12,7 +12,9 @@
 import functools
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from ..errors import UserError
 from ..files import atomic_path, reason
 from ..hub import find_model
 from ..lora import attach_lora, family_of, fingerprint, lora_config, lora_state, remove_lora, same_weights
-from ..weights import has_lora
+from ..weights import has_lora, refuse_other_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights reads
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what peft's from_pretrained reads
@@ -42,9 +44,10 @@ OLD_NAMES = (("processor.", ""), ("_lora.", ".lora."), (".to_out.lora.", ".to_ou
 
 def save_student(folder: str | Path, net: nn.Module, timesteps: Sequence[float], base: str = "", **told: Any) -> None:
     """Write the LoRA of `net` so that `pipe.load_lora_weights(folder)` loads it into a pipeline with a UNet, and
-    `PeftModel.from_pretrained(network, folder)` into any other network; and `load_student` into either.
+    `PeftModel.from_pretrained(network, folder)` into any other network; and `load_student` into either. A pipeline's
+    network without a LoRA is a student as a whole: FOLDER/unet or FOLDER/transformer, as diffusers loads it.
 
-    net         with `add_lora`'s LoRA; what wraps the network of a pipeline, or of our own, leaves no trace
+    net         what wraps the network of a pipeline, or of our own, leaves no trace
     timesteps   those that the student was trained at, falling, in the unit of diffusers' schedulers (0 to 999; for
                 flow matching 1000 t)
     base        hub id or folder of the model that was distilled
@@ -52,6 +55,12 @@ def save_student(folder: str | Path, net: nn.Module, timesteps: Sequence[float],
     """
     folder = Path(folder)
     prefix, network, family = family_of(net)
+    card = {"network": type(network).__name__, "base": base, "timesteps": list(timesteps), "guidance_scale": 0.0,
+            **told}
+    if family in NETWORKS and not has_lora(net):
+        _write_network(folder / NETWORKS[family], network)
+        _write(folder / CARD, card)
+        return
     config = lora_config(net)
     inside = f"{prefix}." if prefix else ""
     held = {name.removeprefix(inside): each.cpu().contiguous() for name, each in lora_state(net).items()}
@@ -66,9 +75,17 @@ def save_student(folder: str | Path, net: nn.Module, timesteps: Sequence[float],
         _write(folder / ADAPTER_CONFIG, {
             "peft_type": "LORA", "r": config.r, "lora_alpha": config.lora_alpha, "target_modules": targets,
             "bias": "none", "inference_mode": True, "base_model_name_or_path": base})
-    _write(folder / CARD, {
-        "network": type(network).__name__, "base": base, "base_fingerprint": fingerprint(network), "rank": config.r,
-        "alpha": config.lora_alpha, "targets": targets, "timesteps": list(timesteps), "guidance_scale": 0.0, **told})
+    _write(folder / CARD, card | {"base_fingerprint": fingerprint(network), "rank": config.r,
+                                  "alpha": config.lora_alpha, "targets": targets})
+
+
+def _write_network(folder: Path, network: nn.Module) -> None:
+    """The folder of a diffusers network, in place of what was there."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    network.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -129,15 +146,16 @@ class Student:
     disable()   the pipeline as it was before, bit for bit
     """
 
-    def __init__(self, pipe: Any, network: nn.Module, scheduler: Any, call: Mapping[str, Any]):
-        self.pipe, self.network, self.call = pipe, network, dict(call)
+    def __init__(self, pipe: Any, network: nn.Module, undo: Callable[[], Any], scheduler: Any,
+                 call: Mapping[str, Any]):
+        self.pipe, self.network, self.undo, self.call = pipe, network, undo, dict(call)
         self.timesteps = pick(scheduler.trained, call["num_inference_steps"])
         self.before = type(pipe), pipe.scheduler
         pipe.scheduler = scheduler
         pipe.__class__ = _with_defaults(type(pipe), self.call)
 
     def disable(self) -> None:
-        remove_lora(self.network)
+        self.undo()
         self.pipe.__class__, self.pipe.scheduler = self.before
 
     def __enter__(self) -> "Student":
@@ -166,8 +184,9 @@ def load_student(pipe: Any, folder: str | Path, steps: int = 0, other_base: bool
     """Make `pipe` sample with a student: its LoRA, a consistency sampler at the timesteps it was trained at, as many
     steps, and no guidance. `pipe(prompt)` does it all; steps and guidance may still be given in the call.
 
-    folder: of `save_student`, or with the LoRA of another training (`load_lora_weights`' file, or peft's two), or a hub
-    id such as jasperai/flash-sd; a student that does not say its timesteps was trained at t = 1, 3/4, 1/2 and 1/4.
+    folder: of `save_student`, LoRA or whole network; with the LoRA of another training (`load_lora_weights`' file, or
+        peft's two), or a hub id such as jasperai/flash-sd. A student that does not say its timesteps was trained at
+        t = 1, 3/4, 1/2 and 1/4.
     steps: 0 is as many as it was trained at.
     other_base: also for weights that the student was not trained on, such as a fine-tuned model of the same family.
     Offloading of the pipeline, if any, is set up after this.
@@ -177,8 +196,10 @@ def load_student(pipe: Any, folder: str | Path, steps: int = 0, other_base: bool
     source = f"student={str(folder)!r}"
     network = _network_of(pipe)
     path = find_model(str(folder), "student")
-    tensors, alpha = _read_lora(path, source)
     card = _read_json(path / CARD, source) if (path / CARD).is_file() else {}
+    folder = path / NETWORKS[type(network).__name__]
+    whole = bool(card) and folder.is_dir()
+    tensors, alpha = ({}, 0.0) if whole else _read_lora(path, source)
     held = card.get("base_fingerprint")
     if held is not None and not other_base and not same_weights(held, fingerprint(network)):
         raise UserError(f"{source} is a LoRA of another base model ({card.get('base') or 'it does not say which'}): "
@@ -187,8 +208,22 @@ def load_student(pipe: Any, folder: str | Path, steps: int = 0, other_base: bool
     steps = steps or len(scheduler.trained)
     call = {"num_inference_steps": steps, "guidance_scale": card.get("guidance_scale", 0.0)}
     pick(scheduler.trained, steps)  # refused before the weights change
+    if whole:
+        return Student(pipe, *_exchange(pipe, network, folder, source), scheduler, call)
     attach_lora(network, tensors, alpha, source)
-    return Student(pipe, network, scheduler, call)
+    return Student(pipe, network, functools.partial(remove_lora, network), scheduler, call)
+
+
+def _exchange(pipe: Any, network: nn.Module, folder: Path, source: str) -> tuple[nn.Module, Callable[[], None]]:
+    """(the network of `folder`, which has taken the place of the pipeline's own, what takes that back)."""
+    try:
+        student = type(network).from_pretrained(folder, torch_dtype=network.dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: {folder.name} cannot be read ({reason(error)})") from error
+    refuse_other_tensors(network.state_dict(), student.state_dict(), f"{source} is a student of another model")
+    student.to(network.device)
+    setattr(pipe, folder.name, student)
+    return student, lambda: setattr(pipe, folder.name, network)
 
 
 def _network_of(pipe: Any) -> nn.Module:
