@@ -2,12 +2,9 @@
 
 import importlib
 import json
-import re
-import shlex
 
 import pytest
-
-from libs.config import ROOT
+from readme_examples import code_and_commands
 
 FEW = {  # what makes minutes seconds
     "train": ["--config.train.steps=4", "--config.train.batch_size=8", "--config.train.preview_every=0"],
@@ -16,18 +13,13 @@ FEW = {  # what makes minutes seconds
 }
 
 
-def section() -> str:
-    return (ROOT / "README.md").read_text().split("### Your own model and images")[1].split("\n### ")[0]
-
-
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
     """The commands of the example, run in a folder with its file."""
-    [code] = re.findall(r"```python\n(.*?)```", section(), re.S)
+    code, commands = code_and_commands("Your own model and images")
     (tmp_path / "my_model.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    return [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", section(), re.S)
-            for line in block.splitlines()]
+    return commands
 
 
 def test_the_example_trains_distils_and_samples(commands, tmp_path, run_main):

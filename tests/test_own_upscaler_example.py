@@ -2,14 +2,12 @@
 
 import importlib
 import json
-import re
-import shlex
 
 import pytest
 import torch
 from PIL import Image
+from readme_examples import code_and_commands
 
-from libs.config import ROOT
 from libs.data.images import save_png
 
 FEW = {  # what makes minutes seconds
@@ -19,20 +17,15 @@ FEW = {  # what makes minutes seconds
 }
 
 
-def section() -> str:
-    return (ROOT / "README.md").read_text().split("### Your own model of images")[1].split("\n### ")[0]
-
-
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
     """The commands of the example, run in a folder with its file and some photos."""
-    [code] = re.findall(r"```python\n(.*?)```", section(), re.S)
+    code, commands = code_and_commands("Your own model of images")
     (tmp_path / "my_upscaler.py").write_text(code)
     for i, image in enumerate(torch.randint(0, 256, (3, 20, 16, 3), dtype=torch.uint8)):
         save_png(tmp_path / f"photos/{i}.png", image)
     monkeypatch.chdir(tmp_path)
-    return [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", section(), re.S)
-            for line in block.splitlines()]
+    return commands
 
 
 def test_the_example_trains_samples_and_is_scored(commands, tmp_path, run_main):

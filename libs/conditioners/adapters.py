@@ -1,5 +1,6 @@
 """One call for all conditioners, `conditioner(value, draws)`, and the small ones that need no task."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Draws:
         return uniform(self.seeds, self.positions, (count,), stream)
 
 
-class Conditioner:
+class Conditioner(ABC):
     """`conditioner(value, draws)` -> (b, ...), whose rank says what the network takes it for:
 
         (b,) int64 labels                     `y`
@@ -45,8 +46,9 @@ class Conditioner:
     rate = 0.0
     sees_as = ""  # the name of what `picture` shows, where it is itself an answer to the task
 
+    @abstractmethod
     def __call__(self, value, draws: Draws) -> Tensor:
-        raise NotImplementedError
+        """The condition of b inputs, drawn by `draws` where it is random."""
 
     def to(self, device: torch.device) -> "Conditioner":
         """The same on the device; it may move in place."""

@@ -7,7 +7,6 @@ the teacher's over the rows of the roll-out, the real and the fake score, the st
 images, and the discriminator. Both in turns in one run; the ratio is the median over rounds.
 """
 
-import json
 import sys
 from statistics import median
 
@@ -18,12 +17,11 @@ from .. import cli
 from ..build import load_model, make_denoiser
 from ..codecs import make_codec
 from ..errors import UserError
-from ..files import atomic_path
 from ..provenance import machine
 from ..training import choose_precision
 from .flash import draw_starts
 from .flash_training import FlashSetup, check, null_condition
-from .speed import in_turns, random_batch
+from .speed import in_turns, random_batch, refuse_other_file, tell
 
 
 def define_flags(fv) -> None:
@@ -87,15 +85,11 @@ def measure(config, checkpoint: str | None, batch_size: int, repeats: int, devic
 def speed(config, flags) -> int:
     if config.get("distill", {}).get("name") != "flash":
         raise UserError("--config names no Flash Diffusion; write --config=configs/cifar10_unet.py:flash")
-    if flags.out and not flags.out.endswith(".json"):
-        raise UserError(f"--out={flags.out} must end in .json")
+    refuse_other_file(flags.out)
     result = measure(config, flags.checkpoint, flags.batch_size, flags.repeats,
                      cli.choose_device(config.compute.device))
-    sys.stdout.write(f"update {result['update']:.3f} s: {result['ratio']:.3f} x its passes, {result['passes']:.3f} s; "
-                     f"{result['rollout_rows']} teacher rows in a roll-out of {result['batch_size']} images\n")
-    if flags.out:
-        with atomic_path(flags.out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+    tell(f"update {result['update']:.3f} s: {result['ratio']:.3f} x its passes, {result['passes']:.3f} s; "
+         f"{result['rollout_rows']} teacher rows in a roll-out of {result['batch_size']} images", result, flags.out)
     return 0
 
 

@@ -95,20 +95,30 @@ def random_batch(description: Mapping, batch_size: int, seed: int, step: int, de
     return Batch(x_0, cond, positions, seed, step)
 
 
+def refuse_other_file(out: str | None) -> None:
+    """See, before anything is measured, that the result can be written where --out says."""
+    if out and not out.endswith(".json"):
+        raise UserError(f"--out={out} must end in .json")
+
+
+def tell(text: str, result: Mapping, out: str | None) -> None:
+    """The result as a line, and as a file where --out names one."""
+    sys.stdout.write(f"{text}\n")
+    if out:
+        with atomic_path(out) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def speed(config, flags) -> int:
     if "distill" not in config:
         with config.unlocked():
             apply_methods(config, "progressive", METHODS)
-    if flags.out and not flags.out.endswith(".json"):
-        raise UserError(f"--out={flags.out} must end in .json")
+    refuse_other_file(flags.out)
     result = measure(config, flags.checkpoint, flags.steps, flags.batch_size, flags.repeats,
                      cli.choose_device(config.compute.device))
-    sys.stdout.write(f"teacher forward {result['teacher_forward']:.3f} s, student forward and backward "
-                     f"{result['student_forward_backward']:.3f} s, update {result['update']:.3f} s: "
-                     f"{result['ratio']:.3f} x two of the first and one of the second\n")
-    if flags.out:
-        with atomic_path(flags.out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+    tell(f"teacher forward {result['teacher_forward']:.3f} s, student forward and backward "
+         f"{result['student_forward_backward']:.3f} s, update {result['update']:.3f} s: "
+         f"{result['ratio']:.3f} x two of the first and one of the second", result, flags.out)
     return 0
 
 
