@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import torch
 from ml_collections import ConfigDict
 from PIL import Image
 from tiny_pipelines import prompted
+from two_processes import run_in_two
 
 import distillate
 import sample
@@ -255,12 +254,9 @@ def test_interrupted_run_goes_on_bit_for_bit(tmp_path, distil, monkeypatch):
 
 def test_two_processes(released, tmp_path):
     """Each learns from trajectories of its own, so the losses are others than one process's; the adaptor is one."""
-    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0")
-    command = [sys.executable, *launch, "distillate.py", f"--config={CONFIG}:clockwork_adaptor",
-               *flags_of(TINY, FAST, {"train.save_every": 40}),
-               f"--checkpoint={released}", f"--workdir={tmp_path / 'two'}"]
-    subprocess.run(command, check=True, cwd=config_files.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                   capture_output=True, timeout=300)
+    run_in_two(distillate.main, [f"--config={CONFIG}:clockwork_adaptor",
+                                 *flags_of(TINY, FAST, {"train.save_every": 40}),
+                                 f"--checkpoint={released}", f"--workdir={tmp_path / 'two'}"])
     ratios = [row["fresh_ratio"] for row in rows_of(tmp_path / "two")]
     assert ratios[0] == pytest.approx(1)  # it begins as identity, over the trajectories of both
     assert ratios[-1] < 1

@@ -2,13 +2,11 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from two_processes import run_in_two
 
 import distillate
 import train
@@ -133,11 +131,8 @@ def test_half_precision(tmp_path, trained):
 
 
 def test_two_processes_equal_one(tmp_path, trained):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train.py",
-            f"{DIGITS}:early_exit_paper", *FLAGS, "--config.train.accumulate=2", f"--workdir={tmp_path}"]
-    ran = subprocess.run(argv, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
+    run_in_two(train.main, [f"{DIGITS}:early_exit_paper", *FLAGS, "--config.train.accumulate=2",
+                            f"--workdir={tmp_path}"])
     assert losses_of(tmp_path) == pytest.approx(losses_of(trained), abs=1e-4)
     one, two = (Checkpoints(folder / "ckpts").load(5) for folder in (trained, tmp_path))
     for name, tensor in one.ema.items():

@@ -3,13 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_pipelines import prompted, prompted_controlnet, prompted_sdxl
+from two_processes import run_in_two
 
 import sample
 from libs import config as config_files
@@ -147,13 +147,9 @@ def test_sdxl(run, tmp_path, method):
 
 def test_two_processes(run, models, tmp_path):
     """The processes share the seeds, and the images are those of one."""
-    command = ["sample.py", "--config=configs/sd15.py", "--config.compute.device=cpu", "--config.pipeline.steps=4",
-               f"--config.pipeline.path={models / 'sd15'}", f"--prompts={models / 'prompts.txt'}", "--seeds=0-2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
-              "--main_process_port=0"]
-    subprocess.run([*launch, *command, f"--out={tmp_path / 'two'}"], check=True, cwd=config_files.ROOT,
-                   env=environment, capture_output=True)
+    run_in_two(sample.main, ["--config=configs/sd15.py", "--config.compute.device=cpu", "--config.pipeline.steps=4",
+                             f"--config.pipeline.path={models / 'sd15'}", f"--prompts={models / 'prompts.txt'}",
+                             "--seeds=0-2", f"--out={tmp_path / 'two'}"])
     assert run("--seeds=0-2").status == 0
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
     for seed in range(3):

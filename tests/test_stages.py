@@ -1,12 +1,10 @@
 """Progressive distillation in stages, through distillate.py."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from two_processes import run_in_two
 
 import distillate
 import sample
@@ -360,11 +358,7 @@ def test_teacher_in_half_precision_gives_the_same_numbers(name):
 
 
 def test_two_processes_learn_the_same(teacher, students, tmp_path):
-    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0")
-    command = [sys.executable, *launch, "distillate.py", DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}",
-               f"--workdir={tmp_path}"]
-    subprocess.run(command, check=True, cwd=config_files.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                   capture_output=True, timeout=300)
+    run_in_two(distillate.main, [DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={tmp_path}"])
     for steps in (8, 4):
         one, two = ([json.loads(line)["loss"] for line in (folder / f"steps_{steps:04d}/stats.jsonl").read_text()
                      .splitlines()] for folder in (students, tmp_path))

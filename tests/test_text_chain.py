@@ -3,9 +3,6 @@ image. Each trains, goes on, samples and is scored; and what is particular to te
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_pipelines import CROSS, autoencoder, clip_text_model, clip_tokenizer
+from two_processes import run_in_two
 
 import distillate
 import eval as eval_script
@@ -413,10 +411,7 @@ def test_two_processes(root, text_model, tmp_path, run_main):
                f"--prompts={root / 'prompts.txt'}"]
     one, two = ([f"--keep_images={tmp_path / name}", f"--out={tmp_path / name}.json"] for name in ("one", "two"))
     assert run_main(eval_script.main, *command, *one).status == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
-              "--main_process_port=0", "eval.py"]
-    subprocess.run([*launch, *command, *two], check=True, cwd=config_files.ROOT, capture_output=True,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run_in_two(eval_script.main, [*command, *two])
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert (one["sampling"]["processes"], two["sampling"]["processes"]) == (1, 2)
     one, two = (result["metrics"]["frechet_cifar10"]["value"] for result in (one, two))
