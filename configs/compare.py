@@ -30,6 +30,10 @@ STUDENTS += [{"checkpoint": "cifar10_unet_flash", "sampler": "lcm", "steps": ste
 SAMPLERS = [("dpm_solver_pp", 8), ("dpm_solver_pp", 20), ("ddim", 50)]
 
 UVIT = {"config": "configs/cifar10_uvit_tiny.py"}
+UVIT_STUDENTS = [UVIT | {"checkpoint": f"cifar10_uvit_student_{steps}", "sampler": "ddim", "steps": steps, "fixed": True}
+                 for steps in (4, 8)]
+BESIDE_STUDENTS = [UVIT | {"sampler": sampler, "steps": steps}  # with as many calls
+                   for sampler, steps in [("ddim", 4), ("dpm_solver_pp", 4), ("ddim", 8)]]
 EXIT = UVIT | {"checkpoint": "cifar10_uvit_tiny_early_exit"}  # whose cells are left out while it is not there
 EARLY_EXIT = {"policy": "early_exit", "cost_images": 32}
 ON_UVIT = [
@@ -45,5 +49,8 @@ def get_grid() -> list[dict]:
                 for student in STUDENTS for method in ON_STUDENTS]
     cells = students + [unet | {"sampler": sampler, "steps": steps} | method
                         for sampler, steps in SAMPLERS for method in METHODS]
+    cells += [student | method for student in UVIT_STUDENTS for method in ON_STUDENTS
+              if "clockwork" not in method["label"]]
+    cells += BESIDE_STUDENTS
     cells += [uvit | {"sampler": sampler, "steps": steps} for sampler, steps in UVIT_SAMPLERS for uvit in ON_UVIT]
     return sorted(cells, key=lambda cell: cell["steps"])
