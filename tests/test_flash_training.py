@@ -13,7 +13,7 @@ import train
 from libs import config as config_files
 from libs.build import load_chain, load_model
 from libs.checkpoint import load_described, read, resolve, save_backbone
-from libs.conditioners import Conditioners, Label, SuperResolution
+from libs.conditioners import Conditioners, Draws, Label, SuperResolution
 from libs.distillation.flash_training import null_condition, rollout_policy
 from libs.errors import UserError
 from libs.lora import AdaptersOff, add_lora, fingerprint, load_lora
@@ -213,8 +213,11 @@ def test_the_average_of_a_lora_on_a_base_in_half_precision(teacher, tmp_path):
 
 def test_what_a_teacher_is_guided_against():
     def images(*parts, null_label=-1):
-        return null_condition({"kind": "image", "drop": 0.0}, None, Conditioners(parts, null_label))
+        conditioners = Conditioners(parts, null_label)
+        conditioners({"image": torch.zeros(1, 1, 8, 8), "label": torch.tensor([3])}, draws)
+        return null_condition({"kind": "image", "drop": 0.0}, None, conditioners)
 
+    draws = Draws(*torch.zeros(2, 1, dtype=torch.long))
     held = {"y": torch.tensor([1, 2]), "concat": torch.ones(2, 1, 4, 4)}
     null = images(SuperResolution(2, (4, 4), rate=0.1), Label(0.2), null_label=10)(held)
     assert null["y"].tolist() == [10, 10]
