@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.utils import counters
 from two_processes import run_in_two
 
 import distillate
@@ -209,6 +210,21 @@ def test_the_average_of_a_lora_on_a_base_in_half_precision(teacher, tmp_path):
     weights, average = saved(tmp_path, 2).weights, saved(tmp_path, 2).ema
     assert {each.dtype for each in average.values()} == {torch.float32}
     assert any(not torch.equal(average[name], value) for name, value in weights.items())
+
+
+def test_a_compiled_lora_that_recomputes_learns_what_an_eager_one_does(teacher, lora, tmp_path, monkeypatch,
+                                                                       fresh_compiler):
+    """The compiler's own backward pass recomputes a graph into which the LoRA, on, is built."""
+    compiled, graphs = torch.compile, counters["stats"]
+    monkeypatch.setattr(torch, "compile", lambda net: compiled(net, backend="aot_eager"))
+    assert distil(teacher, tmp_path, LORA, "--config.train.grad_checkpoint=true", "--config.compute.compile=true") == 0
+    assert graphs["unique_graphs"] == 2  # with gradients and without
+    assert not counters["graph_break"]
+    for one, other in zip(rows(lora), rows(tmp_path), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    one, other = saved(lora).weights, saved(tmp_path).weights
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_what_a_teacher_is_guided_against():
