@@ -23,6 +23,7 @@ adaptor.safetensors, which --config.policy.adaptor names with :clockwork, the sa
 
 import sys
 import time
+from functools import partial
 
 from absl import flags as absl_flags
 
@@ -46,7 +47,7 @@ def halve(config, flags, began: float) -> int:
 
     processes = Processes(cli.choose_device(config.compute.device))
     start = str(flags.checkpoint or config.checkpoint)
-    status = Stages(config, cli.output_dir(flags.workdir, "workdir"), start, processes).run(began)
+    status = Stages(config, cli.output_dir(flags.workdir, "workdir"), start, processes, flags.overrides).run(began)
     processes.close()
     return status
 
@@ -70,7 +71,7 @@ def train_few_steps(config, flags, began: float) -> int:
 
         start, distil = config.pipeline.path, distil_pipeline
     else:
-        start, distil = str(flags.checkpoint or config.checkpoint), distil_chain
+        start, distil = str(flags.checkpoint or config.checkpoint), partial(distil_chain, overrides=flags.overrides)
     run = Run(cli.output_dir(flags.workdir, "workdir"), config, start, processes)
     status = distil(config, stages, run, began)
     processes.close()

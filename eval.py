@@ -51,8 +51,8 @@ def define_flags(fv) -> None:
     absl_flags.DEFINE_string("keep_images", None, "folder that keeps the images of the seeds", flag_values=fv)
     absl_flags.DEFINE_string("images", None, "score the images of this folder, instead of seeds; with --seeds: what a "
                              "model of images makes its conditions of", flag_values=fv)
-    absl_flags.DEFINE_string("prompts", None, "of a text model's --seeds, or of --images: a text, a file, or a folder "
-                             "of run_vis features", flag_values=fv)
+    absl_flags.DEFINE_string("prompts", None, "of the --seeds of a model of texts, or of --images: a text, a file, or "
+                             "a folder of run_vis features", flag_values=fv)
     absl_flags.DEFINE_integer("image_size", None, "crop and resize --images, and the reference, to it", flag_values=fv)
     absl_flags.DEFINE_boolean("benchmark", False, "time the sampling too, see config.eval", flag_values=fv)
     absl_flags.DEFINE_string("inception_weights", None, "file of FID's network; else fetched", flag_values=fv)
@@ -101,7 +101,7 @@ def evaluate_seeds(config, flags) -> dict | None:
     metrics = Metrics(Request(
         section, len(seeds), tuple(blank.shape[1:]), chain.device, config.data, chain.num_classes,
         flags.inception_weights, with_reference=processes.is_main, prompts=flags.prompts is not None,
-        shown=chain.shown is not None))
+        shown=chain.shown is not None and chain.shown.of_images))
     folder = None
     if flags.keep_images:
         chain_of = fingerprint(config, source, flags.labels)

@@ -75,7 +75,7 @@ def open_chain(config, flags, device):
         about["prompts"] = flags.prompts
         made_by |= chain.contexts.fingerprint
     if chain.shown is not None:
-        about["images_folder"] = flags.images
+        about |= {name: given for name, given in (("images_folder", flags.images), ("prompts", flags.prompts)) if given}
         made_by |= chain.shown.fingerprint
     return chain, made_by, about, chain.policy.stats
 
@@ -144,8 +144,9 @@ def sample(config, flags) -> None:
         else:
             images = folder.load(seeds[:GRID])
             columns = 10 if source.num_classes == 10 and flags.labels is None else 8
-            if getattr(source, "shown", None) is not None:
-                images, columns = source.shown.beside(seeds[:GRID], images), columns // 2
+            shown = getattr(source, "shown", None)
+            if shown is not None and shown.of_images:
+                images, columns = shown.beside(seeds[:GRID], images), columns // 2
             save_png(out / "grid.png", image_grid(images, columns, upscale=max(1, 32 // images.shape[1])))
         logging.info("%d images of %d evaluations each: %s", len(seeds), source.nfe, flags.out)
     processes.close()

@@ -140,7 +140,7 @@ def benchmark(chain: Chain, timed: Chain, rows: Sequence[int] = (1, 16), repeats
               "cpu": "peak_memory_mib: growth of the resident memory over the loops, weights not included"}
     clock = CLOCKS.get(device, SYNCHRONISED)
     return {"protocol": PROTOCOL.format(warm_up=WARM_UP, repeats=repeats, clock=clock)
-            + (TEXTS if chain.contexts is not None else "") + (f"; {memory[device]}" if device in memory else ""),
+            + (TEXTS if chain.texts([0]) is not None else "") + (f"; {memory[device]}" if device in memory else ""),
             "nfe": chain.nfe, "nfe_timed": timed.nfe, "repeats": repeats,
             "latency_ms": batches[0]["latency_ms"], "batches": batches}
 

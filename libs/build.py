@@ -12,20 +12,27 @@ from torch import nn
 from . import checkpoint as checkpoints
 from .backbones.attention import set_attention
 from .codecs import make_codec
-from .conditioners import OF_IMAGES, Conditioners, make_conditioners, names_code, read_images
+from .conditioners import (
+    OF_IMAGES,
+    OF_TEXTS,
+    Conditioners,
+    make_conditioners,
+    names_code,
+    names_texts,
+    read_images,
+)
 from .contexts import KINDS, Contexts, make_contexts
-from .data import ImageData
 from .denoiser import TARGETS, TIME_INPUTS, Denoiser
 from .errors import UserError, choose
 from .factory import refuse_other_size
 from .generate import Chain
 from .policies import make_policy
 from .policies.sites import unwrap
+from .prompts import read_prompts
 from .samplers import grid_orders, make_sampler
 from .schedule import Schedule, make_schedule, time_grid
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-OF_KINDS = {"text": ("text_encoder", "tokens"), "image": OF_IMAGES}  # fields of the cond section that only they have
 MODEL_SECTIONS = ("backbone", "schedule", "denoiser", "cond", "codec")  # what a checkpoint says of itself
 
 
@@ -33,12 +40,17 @@ def describe(config: Mapping) -> dict[str, Any]:
     """The sections that a checkpoint keeps in its metadata, as plain JSON-able dicts."""
     plain = {name: config[name].to_dict() if hasattr(config[name], "to_dict") else dict(config[name])
              for name in MODEL_SECTIONS}
-    for kind, names in OF_KINDS.items():
-        if plain["cond"]["kind"] != kind:
-            for name in names:
-                plain["cond"].pop(name, None)
+    for name in {*OF_IMAGES, *OF_TEXTS} - _fields_of(plain["cond"]):
+        plain["cond"].pop(name, None)
     plain["image"] = {"size": config["data"]["image_size"], "channels": config["data"]["channels"]}
     return plain
+
+
+def _fields_of(cond: Mapping) -> set[str]:
+    """The fields of a `cond` section that some kinds of conditions have, and this one too."""
+    if cond["kind"] == "text":
+        return {"text_encoder", "tokens"}
+    return {*OF_IMAGES, *(OF_TEXTS if names_texts(cond) else ())} if cond["kind"] == "image" else set()
 
 
 def make_denoiser(net, description: Mapping, precision: str = "fp32",
@@ -123,11 +135,12 @@ def adopt_places(config: ConfigDict, description: dict, overrides: Collection[st
 
 
 def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: torch.device,
-               contexts: Contexts | None = None) -> Chain:
+               contexts: Contexts | None = None, conditioners: Conditioners | None = None) -> Chain:
     """Every link of the chain around `net`, which `prepare_backbone` has put on the device.
 
     contexts: what a text model is shown; without, `Chain.show` comes before the first image, as does
-        `Chain.show_images` for a model of images.
+        `Chain.show_inputs` for a model with conditioners.
+    conditioners: of such a model, where they are made already.
     """
     section, cond = config["sampler"], description["cond"]
     choose("cond.kind", cond["kind"], KINDS)
@@ -144,7 +157,8 @@ def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: to
                         f"from {scales[0]:g} to {scales[1]:g}")
     image = description["image"]
     shape = codec.latent_shape(image["size"], image["channels"])
-    conditioners = image_conditioners(description, net, shape[1:], device)
+    if conditioners is None:
+        conditioners = image_conditioners(description, net, shape[1:], device)
     if scales is None and section["cfg_scale"] != 1:
         if description.get("distilled", {}).get("method") == "flash":
             raise UserError(f"sampler.cfg_scale={section['cfg_scale']}: a student of Flash Diffusion takes no "
@@ -171,7 +185,7 @@ def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: to
 
 def image_conditioners(description: Mapping, net: nn.Module, size: tuple[int, int],
                        device: torch.device) -> Conditioners | None:
-    """The conditioners of a model of images, which the network has been seen to take; None for other models.
+    """The conditioners of a model with some, which the network has been seen to take; None for other models.
 
     size: (h, w) of the network's x.
     """
@@ -202,25 +216,39 @@ def load_chain(config: ConfigDict, name: str | None, device: torch.device, overr
 
     A student's checkpoint brings its sampler along: it is written into `config`, but for `overrides`.
     prompts: what --prompts names, for a text model, see `make_contexts`; other models are given None.
-    images: likewise what --images names, a folder, for a model of images.
+    images: likewise what --images names, a folder, for conditioners that read images; prompts too, for those that read
+        texts.
     """
     net, description = load_model(config, name)
     adopt_sampler(config, description, overrides)
     adopt_places(config, description, overrides)
     contexts = make_contexts(prompts, description, device)
-    shown = _shown_images(images, description)
+    _refuse_images(images, description)
     chain = make_chain(config, prepare_backbone(net, config["compute"], device), description, device, contexts)
-    if shown is not None:
-        chain.show_images(shown.to(device))
+    if chain.conditioners is not None:
+        _show_inputs(chain, images, prompts, description)
     return chain, checkpoints.resolve(name or config["checkpoint"])
 
 
-def _shown_images(path: str | None, description: Mapping) -> ImageData | None:
-    """The images of the folder that --images names; None for a model that takes none."""
-    kind, image = description["cond"]["kind"], description["image"]
-    if kind == "image" and path is None:
-        raise UserError("--images is missing: a folder of images, of which this model's conditions are made")
+def _refuse_images(path: str | None, description: Mapping) -> None:
+    """What --images names is of no use to a model without conditioners."""
+    kind = description["cond"]["kind"]
     if kind != "image" and path is not None:
         raise UserError(f"--images={path}: this model takes no images (cond.kind={kind!r}); "
                         "configs/cifar10_super_resolution.py and configs/cifar10_inpainting.py do")
-    return None if path is None else read_images(path, image["size"], image["channels"])
+
+
+def _show_inputs(chain: Chain, images: str | None, prompts: str | None, description: Mapping) -> None:
+    """Let a chain make its conditions of the images and texts that --images and --prompts name, of both or either."""
+    reads, field = chain.conditioners.reads, chain.conditioners.field
+    for flag, text, name, what in (
+        ("images", images, "image", "a folder of images"),
+        ("prompts", prompts, "text", "a text, a .txt file with one a line, or a .json file of COCO's captions"),
+    ):
+        if name in reads and text is None:
+            raise UserError(f"--{flag} is missing: {what}, of which this model's conditions are made")
+        if name not in reads and text is not None:
+            raise UserError(f"--{flag}={text}: this model's conditions ({field}) are made of no {name}")
+    image = description["image"]
+    data = None if images is None else read_images(images, image["size"], image["channels"]).to(chain.device)
+    chain.show_inputs(data, None if prompts is None else read_prompts(prompts))

@@ -13,9 +13,8 @@ from torch import Tensor
 from .data.feature_data import EMPTY, FeatureData, read_context, read_prompt_features
 from .errors import UserError
 from .prompts import prompt_folder, prompts_id, prompts_of, read_prompts
-from .text import TextEncoder, make_text_encoder
+from .text import FrozenEncoder, Remembered, make_text_encoder
 
-HELD = 256  # contexts that stay in the device's memory, 60 MB of CLIP ViT-L/14's
 FIRST = 2.0**-60  # the draw of an image's first caption
 
 
@@ -54,20 +53,13 @@ class OneContext:
 class PromptContexts(OneContext):
     """Prompts through a text encoder, each once as long as it is in use."""
 
-    def __init__(self, prompts: Sequence[str], encoder: TextEncoder):
-        self.prompts, self.encoder = prompts, encoder
+    def __init__(self, prompts: Sequence[str], encoder: FrozenEncoder):
+        self.prompts, self.encode = prompts, Remembered(encoder)
         self.null = encoder.empty
         self.fingerprint = {"prompts_sha256": prompts_id(prompts), "text_encoder": encoder.id}
-        self._held: dict[str, Tensor] = {}
 
     def __call__(self, seeds: Sequence[int]) -> Tensor:
-        texts = self.texts(seeds)
-        new = [text for text in dict.fromkeys(texts) if text not in self._held]
-        if len(self._held) + len(new) > HELD:
-            self._held = {text: self._held[text] for text in texts if text in self._held}
-        if new:
-            self._held |= zip(new, self.encoder(new), strict=True)
-        return torch.stack([self._held[text] for text in texts])
+        return self.encode(self.texts(seeds))
 
     def texts(self, seeds: Sequence[int]) -> list[str]:
         return prompts_of(seeds, self.prompts)
@@ -119,7 +111,8 @@ class DataContexts(OneContext):
 
 
 def make_contexts(text: str | None, description: Mapping, device: torch.device | str = "cpu") -> Contexts | None:
-    """What `--prompts=text` shows the network of a description; None for a network that takes no text.
+    """What `--prompts=text` shows the network of a description; None for a network that takes no text, and for one
+    with conditioners.
 
     text: a prompt or a file of them (`prompts.read_prompts`), for which the description's text encoder is loaded, or a
         folder of `run_vis` features, beside which or in which the empty context lies.
@@ -127,6 +120,8 @@ def make_contexts(text: str | None, description: Mapping, device: torch.device |
     """
     cond = description["cond"]
     refuse_other_kind(description)
+    if cond["kind"] == "image":  # its conditioners may read texts
+        return None
     if cond["kind"] != "text":
         if text is not None:
             raise UserError(f"--prompts={text}: this model takes no text (cond.kind={cond['kind']!r}); "
@@ -153,9 +148,11 @@ KINDS = ("none", "label", "text", "image")  # of a condition
 
 
 def refuse_other_kind(description: Mapping) -> None:
-    """See that the `cond` section gives a network text if, and only if, it takes any."""
+    """See that the `cond` section gives a network text if, and only if, it takes any. What conditioners give is tried
+    on the network itself.
+    """
     kind, tokens = description["cond"]["kind"], description["backbone"].get("num_clip_token", 0)
-    if (kind == "text") != (tokens > 0):
+    if kind != "image" and (kind == "text") != (tokens > 0):
         raise UserError(f"cond.kind={kind!r}: this network takes {tokens or 'no'} text tokens "
                         f"(backbone.num_clip_token); cond.kind must {'' if tokens else 'not '}be text")
 

@@ -94,6 +94,8 @@ def gmacs_per_image(chain: Chain, seeds: list[int], labels: list[int] | None = N
     chain.policy.start(chain.denoiser.time_input(chain.times))  # what a policy does once is no cost of an image
     if chain.contexts is not None:
         chain.contexts(seeds)  # embeds the texts, which is no call of the network
+    elif chain.shown is not None and "text" in chain.conditioners.reads:
+        chain.shown(seeds, None if labels is None else torch.tensor(labels, device=chain.device))
     counted = replace(chain, rows=len(seeds))
     if type(chain.policy) is Full:  # all its calls are the same, so one step stands for all
         counted = replace(counted, ts=chain.ts[[0, -1]])

@@ -24,12 +24,14 @@ def base_config() -> ConfigDict:
             "null_label": -1,  # the label that means no class; -1 if the network has none
             "drop": 0.0,  # rate at which training replaces a label by the null label, a text by the empty one, an
             # image's condition by zeros
-            "task": "super_resolution",  # of images: super_resolution, inpainting, label, path/to/module.py:function;
-            # a comma list joins several
+            "task": "super_resolution",  # of images: super_resolution, inpainting, label, text, pooled_text,
+            # path/to/module.py:function; a comma list joins several
             "factor": 4,  # of super-resolution
             "masks": ("boxes", "halves", "strokes"),  # of inpainting, one drawn for every image
-            "text_encoder": "openai/clip-vit-large-patch14",  # of a text: a CLIPTextModel's hub id or folder
+            "text_encoder": "openai/clip-vit-large-patch14",  # of a text: hub id or folder of CLIP's or T5's encoder
             "tokens": 77,  # to which a text is cut off or padded
+            "text_null": "empty",  # of a task: what stands for no text, the empty one's embedding or zeros
+            "text_drop": -1.0,  # of a task: rate at which training leaves texts out; -1 is cond.drop
         },
         "codec": {"name": "pixel"},
         "data": {

@@ -252,10 +252,9 @@ def score_seeds(metrics: Metrics, chain: Chain, seeds: list[int], label_of: Mapp
 
     def update(batch: list[int], images: Tensor) -> None:
         shown, truth = chain.shown, None
-        if shown is not None:
+        if shown is not None and shown.of_images:
             truth = Truth(shown.originals(batch), shown.hole(batch), shown.answer(batch))
-        prompts = None if chain.contexts is None else chain.contexts.texts(batch)
-        metrics.update(images, labels(batch), prompts, truth)
+        metrics.update(images, labels(batch), chain.texts(batch), truth)
 
     missing = seeds if folder is None else folder.missing(seeds)
     ready = sorted({*seeds} - {*missing})

@@ -2,7 +2,9 @@
 
 A model's function takes no argument and returns an `nn.Module` with the attribute `image_size = [1, C, H, W]`, whose
 call is `net(x, t)`: x (b, C, H, W) and t (b,) float32 -> (b, C, H, W); with labels `net(x, t, y=y)`, y (b,) int64; with
-an image as its condition `net(x, t, concat=concat)`, (b, n, H, W), and the attribute `concat_channels = n`.
+an image as its condition `net(x, t, concat=concat)`, (b, n, H, W), and the attribute `concat_channels = n`; with texts
+`net(x, t, context=context)`, (b, tokens, width), and `context_shape = [tokens, width]`, or `net(x, t, vector=vector)`,
+(b, d), and `vector_size = d`.
 """
 
 import contextlib
@@ -160,13 +162,28 @@ def _output_shape(net: nn.Module, shape: tuple[int, ...], factory: str) -> tuple
                     if "concat" in needed:
                         channels = getattr(net, "concat_channels", 0)
                         kwargs["concat"] = torch.zeros(1, channels, *shape[2:], device=device)
+                    for name, said in (("context", "context_shape"), ("vector", "vector_size")):
+                        if name in needed:
+                            kwargs[name] = torch.zeros(1, *_size(net, name, said, factory), device=device)
                     out = net.eval()(torch.zeros(shape, device=device), torch.zeros(1, device=device), **kwargs)
                     return tuple(out.shape) if isinstance(out, torch.Tensor) else None
             except Exception:
                 if isinstance(mode, contextlib.nullcontext):
                     raise
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{MODEL}={factory!r}: the model fails on an image of its image_size {shape}: "
                         f"{describe_error(error, path)}") from error
     finally:
         net.train(training)
+
+
+def _size(net: nn.Module, name: str, said: str, factory: str) -> tuple[int, ...]:
+    """The shape, but for the rows, of a condition that the network cannot do without."""
+    size = getattr(net, said, None)
+    size = (size,) if isinstance(size, int) else size
+    if not isinstance(size, list | tuple) or not all(type(n) is int and n > 0 for n in size):
+        raise UserError(f"{MODEL}={factory!r}: the model's call needs a {name}, so that it must have the attribute "
+                        f"{said}; its value is {size!r}")
+    return tuple(size)

@@ -4,14 +4,14 @@ Image i depends on seed i, and its label, prompt or image, alone. Kernels give a
 number of rows, so the network always sees `rows` images at a time, the last group padded, whatever the batch size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .conditioners import Conditioners, ShownImages, unconditional
+from .conditioners import Conditioners, Shown
 from .contexts import Contexts
 from .data import ImageData
 from .denoiser import Denoiser, guided, thresholded
@@ -36,7 +36,7 @@ class Chain:
     threshold     None, or (`static`, value) or (`dynamic`, quantile)
     rows          images in one call of the network (twice the rows under guidance)
     contexts      what a text model is shown (`show`); its seeds' texts take the place of labels
-    conditioners  of a model of images; `shown` are the images that it is shown (`show_images`)
+    conditioners  of a model with some; `shown` are the images and texts that it is shown (`show_inputs`)
     """
 
     policy: Full
@@ -54,7 +54,7 @@ class Chain:
     rows: int = 16
     contexts: Contexts | None = None
     conditioners: Conditioners | None = None
-    shown: ShownImages | None = None
+    shown: Shown | None = None
     times: Tensor = field(init=False)
 
     def __post_init__(self):
@@ -67,9 +67,14 @@ class Chain:
                             "features to guide against; use 1.0")
         self.contexts = contexts
 
-    def show_images(self, data: ImageData) -> None:
-        """Make the conditions of these images, which have the model's size, from now on."""
-        self.shown = ShownImages(data, self.conditioners)
+    def show_inputs(self, data: ImageData | None, prompts: Sequence[str] | None = None) -> None:
+        """Make the conditions of these images, which have the model's size, and of these texts, from now on."""
+        self.shown = Shown(self.conditioners, data, prompts)
+
+    def texts(self, seeds: Sequence[int]) -> list[str] | None:
+        """The texts that the seeds' images are made from, as far as they are known."""
+        shown = self.contexts or self.shown
+        return None if shown is None else shown.texts(seeds)
 
     @property
     def nfe(self) -> int:
@@ -112,7 +117,7 @@ class Chain:
             y = torch.tensor([*labels, *[labels[-1]] * (self.rows - len(labels))], device=self.device)
         if self.conditioners is not None:
             if self.shown is None:
-                raise UserError("cond.kind='image': there are no images of which to make the conditions")
+                raise UserError("cond.kind='image': there is nothing of which to make the conditions")
             return self.shown(seeds, y)
         return {} if y is None else {"y": y}
 
@@ -120,7 +125,9 @@ class Chain:
         """The same of no label, of the empty text, or of no image."""
         if self.contexts is not None:
             return self.contexts.unconditional(cond)
-        return unconditional(cond, self.null_label)
+        if self.conditioners is not None:
+            return self.conditioners.unconditional(cond)
+        return {"y": torch.full_like(cond["y"], self.null_label)}
 
     def images(self, seeds: list[int], labels: list[int] | None = None,
                batch_size: int | None = None) -> Iterator[tuple[list[int], Tensor]]:

@@ -74,7 +74,8 @@ def sdxl(folder):
                                      add_watermarker=False, **_two_encoders(folder, "CLIPTextModel"))
 
 
-def _t5(width: int) -> dict:
+def t5_parts(width: int) -> dict:
+    """The tokenizer and text encoder of a pipeline: T5's, of `width` channels."""
     letters = [("▁" + word, -3.0) for word in WORDS] + [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz,."]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
     tokenizer = transformers.T5Tokenizer(vocab=vocab, extra_ids=0)
@@ -85,7 +86,7 @@ def _t5(width: int) -> dict:
 
 def pixart(folder, sample_size: int = 128):
     """sample_size: of 128 is the size that the network is told, as the published one for 1,024 pixels."""
-    parts = _t5(CROSS)
+    parts = t5_parts(CROSS)
     torch.manual_seed(0)
     net = PixArtTransformer2DModel(num_attention_heads=2, attention_head_dim=24, num_layers=2, cross_attention_dim=48,
                                    caption_channels=CROSS, sample_size=sample_size).eval()
@@ -94,7 +95,7 @@ def pixart(folder, sample_size: int = 128):
 
 
 def sd3(folder):
-    t5 = _t5(WIDTH)
+    t5 = t5_parts(WIDTH)
     torch.manual_seed(0)
     net = SD3Transformer2DModel(sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
                                 num_attention_heads=2, joint_attention_dim=WIDTH, caption_projection_dim=16,

@@ -18,7 +18,6 @@ from libs.conditioners import (
     SuperResolution,
     TextContext,
     make_conditioners,
-    unconditional,
 )
 from libs.conditioners.tasks import MASKS
 from libs.errors import UserError
@@ -120,7 +119,7 @@ def test_conditions_are_left_out_at_their_rates_and_together():
                          Apply(lambda x: x[:, :1])], null_label=10)
     inputs = {"image": images(2000) + 3, "label": torch.zeros(2000, dtype=torch.long)}
     whole, some = made(inputs, draws(2000)), made(inputs, draws(2000), drop=True)
-    null = unconditional(whole, 10)
+    null = made.unconditional(whole)
     dropped = some["y"] == 10
     assert abs(dropped.float().mean() - 0.2) < 0.03
     assert torch.equal(dropped, (some["vector"] == 0).all(1))
@@ -130,10 +129,17 @@ def test_conditions_are_left_out_at_their_rates_and_together():
     assert torch.equal(some["concat"][:, 3:], whole["concat"][:, 3:])  # rate 0
     assert torch.equal(some["concat"][~without], whole["concat"][~without])
     assert torch.equal(some["y"], torch.where(dropped, null["y"], whole["y"]))
-    assert {name: each.abs().sum().item() for name, each in null.items()} == {"y": 20_000, "vector": 0, "concat": 0}
-    assert not made.guidable  # one condition is always there
+    assert (null["y"] == 10).all()
+    assert not null["vector"].any()
+    assert not null["concat"][:, :3].any()
+    assert torch.equal(null["concat"][:, 3:], whole["concat"][:, 3:])  # what is always there stays under guidance
+    assert made.guidable
     assert Conditioners([Label(0.1)], null_label=10).guidable
     assert not Conditioners([Label(0.1)]).guidable
+    assert not Conditioners([Label(), Apply(lambda x: x)], null_label=10).guidable
+    always = made.always()
+    assert torch.equal(always(inputs, draws(2000), drop=True)["concat"], whole["concat"])
+    assert [each.rate for each in made.parts] == [0.2, 0.2, 0.6, 0.0]
 
 
 @pytest.mark.parametrize(("parts", "message"), [

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.utils import counters
 from two_processes import run_in_two
 
 import distillate
@@ -13,7 +14,7 @@ import train
 from libs import config as config_files
 from libs.build import load_chain, load_model
 from libs.checkpoint import load_described, read, resolve, save_backbone
-from libs.conditioners import Conditioners, Label, SuperResolution
+from libs.conditioners import Conditioners, Draws, Label, SuperResolution
 from libs.distillation.flash_training import null_condition, rollout_policy
 from libs.errors import UserError
 from libs.lora import AdaptersOff, add_lora, fingerprint, load_lora
@@ -211,10 +212,28 @@ def test_the_average_of_a_lora_on_a_base_in_half_precision(teacher, tmp_path):
     assert any(not torch.equal(average[name], value) for name, value in weights.items())
 
 
+def test_a_compiled_lora_that_recomputes_learns_what_an_eager_one_does(teacher, lora, tmp_path, monkeypatch,
+                                                                       fresh_compiler):
+    """The compiler's own backward pass recomputes a graph into which the LoRA, on, is built."""
+    compiled, graphs = torch.compile, counters["stats"]
+    monkeypatch.setattr(torch, "compile", lambda net: compiled(net, backend="aot_eager"))
+    assert distil(teacher, tmp_path, LORA, "--config.train.grad_checkpoint=true", "--config.compute.compile=true") == 0
+    assert graphs["unique_graphs"] == 2  # with gradients and without
+    assert not counters["graph_break"]
+    for one, other in zip(rows(lora), rows(tmp_path), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    one, other = saved(lora).weights, saved(tmp_path).weights
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6)
+
+
 def test_what_a_teacher_is_guided_against():
     def images(*parts, null_label=-1):
-        return null_condition({"kind": "image", "drop": 0.0}, None, Conditioners(parts, null_label))
+        conditioners = Conditioners(parts, null_label)
+        conditioners({"image": torch.zeros(1, 1, 8, 8), "label": torch.tensor([3])}, draws)
+        return null_condition({"kind": "image", "drop": 0.0}, None, conditioners)
 
+    draws = Draws(*torch.zeros(2, 1, dtype=torch.long))
     held = {"y": torch.tensor([1, 2]), "concat": torch.ones(2, 1, 4, 4)}
     null = images(SuperResolution(2, (4, 4), rate=0.1), Label(0.2), null_label=10)(held)
     assert null["y"].tolist() == [10, 10]

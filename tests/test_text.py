@@ -9,9 +9,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import CROSS, clip_text_model, clip_tokenizer
 
-from libs.contexts import HELD, DataContexts, PromptContexts, StoredContexts, make_contexts
+from libs.contexts import DataContexts, PromptContexts, StoredContexts, make_contexts
 from libs.errors import UserError
-from libs.text import CHUNK, TextEncoder, make_text_encoder
+from libs.text import CHUNK, HELD, TextEncoder, make_text_encoder
 
 TOKENS = 9
 
@@ -139,7 +139,7 @@ def test_memory_is_bounded_and_a_group_is_never_embedded_twice():
         seeds = list(range(start, min(start + 50, 2 * HELD)))
         for _ in range(2):
             assert contexts(seeds)[:, 0, 0].tolist() == [1 + seed for seed in seeds]
-        assert len(contexts._held) <= HELD
+        assert len(contexts.encode.held) <= HELD
     assert encoder.asked == prompts
     contexts(list(range(2 * HELD)))  # more than are held, at once
     asked = len(encoder.asked)

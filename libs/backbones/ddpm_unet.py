@@ -116,6 +116,8 @@ class DDPMUNet(nn.Module):
     y (b,) int64 labels; returns (b, out_channels, h, w).
     """
 
+    context_shape = None  # it has no cross-attention
+
     def __init__(self, in_channels: int = 3, channel: int = 128, channel_multiplier: tuple[int, ...] = (1, 2, 2, 2),
                  n_res_blocks: int = 2, attn_strides: tuple[int, ...] = (16,), attn_heads: int = 1,
                  use_affine_time: bool = False, dropout: float = 0.0, fold: int = 1, out_channels: int | None = None,

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import nn
 from torch.utils import checkpoint as torch_checkpoint
 
@@ -31,8 +32,11 @@ def checkpoint(function: Callable, *args, use_reentrant: bool = False, **options
     """`torch.utils.checkpoint` of a module, or of a method of one.
 
     The backward pass runs with LoRA on, whatever the pass was whose activations it recomputes: without this, gradients
-    through a teacher (LoRA off) would be those through the student.
+    through a teacher (LoRA off) would be those through the student. A compiled graph has either built in, and what it
+    recomputes is the graph itself; the compiler takes no context besides.
     """
+    if torch.compiler.is_compiling():
+        return torch_checkpoint.checkpoint(function, *args, use_reentrant=use_reentrant, **options)
     block = function if isinstance(function, nn.Module) else function.__self__
     off = {layer: getattr(layer, OFF) for layer in block.modules() if hasattr(layer, OFF)}
     if off:

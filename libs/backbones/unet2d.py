@@ -32,6 +32,8 @@ class UNet2D(UNet2DModel):
                           (b, concat_channels, h, w), None is 0
     """
 
+    context_shape = None  # it has no cross-attention
+
     def __init__(self, *args, guidance_embed: bool = False, concat_channels: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
         if not 0 <= concat_channels < self.config.in_channels:

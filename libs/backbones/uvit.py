@@ -156,6 +156,7 @@ class UViT(nn.Module):
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
         self.embed_dim, self.depth, self.num_classes = embed_dim, depth, num_classes
         self.num_clip_token, self.concat_channels = num_clip_token, concat_channels
+        self.context_shape = (num_clip_token, clip_dim) if num_clip_token else None
         self.num_patches = (img_size // patch_size) ** 2
 
         self.patch_embed = PatchEmbed(patch_size, in_chans + concat_channels, embed_dim)

@@ -1,11 +1,13 @@
 """Conditioners: from images, labels, texts or a user's own tensors to what a network is given beside x and t."""
 
-from .adapters import Apply, Conditioner, Draws, Label, Sinusoids, TextContext
-from .compose import OF_IMAGES, Conditioners, make_conditioners, names_code, unconditional
-from .shown import ShownImages, read_images
+from .adapters import Apply, Conditioner, Draws, Label, Sinusoids
+from .compose import OF_IMAGES, OF_TEXTS, Conditioners, make_conditioners, names_code, names_texts
+from .shown import Shown, read_images
 from .tasks import Inpainting, SuperResolution
+from .texts import TextContext, TextVector
 
 __all__ = [
-    "OF_IMAGES", "Apply", "Conditioner", "Conditioners", "Draws", "Inpainting", "Label", "ShownImages", "Sinusoids",
-    "SuperResolution", "TextContext", "make_conditioners", "names_code", "read_images", "unconditional",
+    "OF_IMAGES", "OF_TEXTS", "Apply", "Conditioner", "Conditioners", "Draws", "Inpainting", "Label", "Shown",
+    "Sinusoids", "SuperResolution", "TextContext", "TextVector", "make_conditioners", "names_code", "names_texts",
+    "read_images",
 ]

@@ -1,7 +1,7 @@
 """One call for all conditioners, `conditioner(value, draws)`, and the small ones that need no task."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..backbones.uvit import timestep_embedding
 from ..random import Stream, uniform
-from ..text import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,10 @@ class Conditioner(ABC):
         (b, tokens, width) for attention      `context`
         (b, c, h, w) beside x                 `concat`
 
-    reads   its input: image ((b, c, H, W) float32 from -1 to 1, RGB), label ((b,) int64), or another name of the
-            inputs that it will be given
-    rate    unconditional rate: of the rows that training shows without this condition
+    reads   its input: image ((b, c, H, W) float32 from -1 to 1, RGB), label ((b,) int64), text (b of them), or
+            another name of the inputs that it will be given
+    rate    unconditional rate: of the rows that training shows without this condition; 0 is never, and then guidance
+            does not take it away either
 
     Made of an image, it may say what a person sees of the condition, and which pixels are asked for.
     """
@@ -53,6 +53,10 @@ class Conditioner(ABC):
     def to(self, device: torch.device) -> "Conditioner":
         """The same on the device; it may move in place."""
         return self
+
+    def null(self, out: Tensor) -> Tensor:
+        """What stands for no condition, shaped as `out` (b, ...), floats that it gave; labels have the null label."""
+        return torch.zeros_like(out)
 
     def picture(self, images: Tensor, draws: Draws) -> Tensor | None:
         """(b, c, H, W) from -1 to 1 for a person to look at; None where there is nothing to see."""
@@ -105,13 +109,3 @@ class Sinusoids(Conditioner):
 
     def __call__(self, value: Tensor, draws: Draws) -> Tensor:
         return timestep_embedding(value, self.width)
-
-
-class TextContext(Conditioner):
-    """(b, tokens, width) of b texts by a text encoder."""
-
-    def __init__(self, encoder: TextEncoder, reads: str = "text", rate: float = 0.0):
-        self.encoder, self.reads, self.rate = encoder, reads, rate
-
-    def __call__(self, value: Sequence[str], draws: Draws) -> Tensor:
-        return self.encoder(value)

@@ -1,4 +1,6 @@
-"""The images of which a chain's conditions are made: seed i shows image i modulo their number."""
+"""The images and texts of which a chain's conditions are made: seed i shows image i modulo their number, and text i
+modulo theirs.
+"""
 
 import hashlib
 import json
@@ -11,6 +13,10 @@ from torch import Tensor
 from ..codecs import PixelCodec
 from ..data import ImageData
 from ..data.folder import folder_batches
+from ..data.shards import ShardData
+from ..errors import UserError
+from ..prompts import prompts_id, prompts_of
+from ..text import FrozenEncoder
 from .adapters import Draws
 from .compose import Conditioners
 
@@ -22,34 +28,73 @@ def read_images(path: str, size: int, channels: int) -> ImageData:
     return ImageData(torch.cat(list(folder_batches(path, READ, channels, size, "--images"))))
 
 
-class ShownImages:
-    """Images, and the conditions that are made of them; everything random about a seed's is drawn from the seed."""
+class Shown:
+    """Images and texts, and the conditions that are made of them; everything random about a seed's is drawn from the
+    seed.
 
-    def __init__(self, data: ImageData, conditioners: Conditioners):
-        self.data, self.conditioners = data, conditioners
+    data      images, of which a training set's bring their captions along; None for conditioners that read none
+    prompts   the texts, in place of captions
+    Raises UserError for conditioners that read texts where there are none.
+    """
+
+    def __init__(self, conditioners: Conditioners, data: ImageData | ShardData | None = None,
+                 prompts: Sequence[str] | None = None):
+        assert prompts or data is not None, "nothing to make conditions of"
+        self.conditioners, self.data, self.prompts = conditioners, data, prompts
+        self.of_images = "image" in conditioners.reads
+        if "text" in conditioners.reads and prompts is None and not isinstance(data, ShardData):
+            raise UserError(f"{conditioners.field}: it reads captions, which this data set has not; choose "
+                            "data.name=webdataset or captioned_folder")
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What decides the conditions, as JSON, beside the model."""
-        hashed = hashlib.sha256(self.data.images.cpu().numpy().tobytes()).hexdigest()
-        return {"images_sha256": hashed, "cond": json.loads(json.dumps(self.conditioners.settings))}
+        held = {"cond": json.loads(json.dumps(self.conditioners.settings))}
+        if self.of_images:
+            held["images_sha256"] = hashlib.sha256(self.data.images.cpu().numpy().tobytes()).hexdigest()
+        if self.prompts is not None:
+            encoders = [getattr(each, "encoder", None) for each in self.conditioners.parts]
+            held["prompts_sha256"] = prompts_id(self.prompts)
+            held["text_encoders"] = [each.id for each in encoders if isinstance(each, FrozenEncoder)]
+        return held
 
     def __call__(self, seeds: Sequence[int], labels: Tensor | None = None) -> dict[str, Tensor]:
         """What the network is given for the seeds."""
-        inputs = {"image": _floats(self.originals(seeds))} | ({} if labels is None else {"label": labels})
+        inputs = {"image": _floats(self.originals(seeds))} if self.of_images else {}
+        if "text" in self.conditioners.reads:
+            inputs["text"] = self.texts(seeds)
+        if labels is not None:
+            inputs["label"] = labels
         return self.conditioners(inputs, _draws(seeds))
 
     def originals(self, seeds: Sequence[int]) -> Tensor:
         """uint8 (b, h, w, c) on the device."""
-        return self.data.batch(torch.tensor([seed % len(self.data) for seed in seeds]))[0]
+        with torch.inference_mode(False):  # the mode is one thread's, and threads may read the files
+            return self.data.batch(self._indices(seeds))[0]
+
+    def texts(self, seeds: Sequence[int]) -> list[str] | None:
+        """The prompt of each seed, or the first caption of its image; None where the conditioners read no text."""
+        if "text" not in self.conditioners.reads:
+            return None
+        if self.prompts is not None:
+            return prompts_of(seeds, self.prompts)
+        with torch.inference_mode(False):
+            return self.data.texts(self._indices(seeds))
+
+    def _indices(self, seeds: Sequence[int]) -> Tensor:
+        return torch.tensor([seed % len(self.data) for seed in seeds])
 
     def hole(self, seeds: Sequence[int]) -> Tensor | None:
         """(b, h, w, 1) bool: the pixels that the network makes; None for all."""
+        if not self.of_images:
+            return None
         hole = self.conditioners.hole(_floats(self.originals(seeds)), _draws(seeds))
         return None if hole is None else hole.permute(0, 2, 3, 1)
 
     def picture(self, seeds: Sequence[int]) -> tuple[str, Tensor] | None:
         """(the name of what is seen, uint8 (b, h, w, c)) of the conditions; None where they cannot be seen."""
+        if not self.of_images:
+            return None
         named = self.conditioners.picture(_floats(self.originals(seeds)), _draws(seeds))
         return None if named is None else (named[0], PixelCodec().decode(named[1]))
 
@@ -64,7 +109,11 @@ class ShownImages:
         return images if hole is None else torch.where(hole, images, self.originals(seeds))
 
     def beside(self, seeds: Sequence[int], images: Tensor) -> Tensor:
-        """uint8 (b, h, 3w, c): condition (where it can be seen), image and original side by side."""
+        """uint8 (b, h, 3w, c): condition (where it can be seen), image and original side by side; the images as they
+        are where the conditions are of texts alone.
+        """
+        if not self.of_images:
+            return images
         picture = self.picture(seeds)
         row = [images.to(self.data.device), self.originals(seeds)]
         return torch.cat(row if picture is None else [picture[1], *row], dim=2)

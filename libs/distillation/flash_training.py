@@ -5,7 +5,7 @@ with it on the student and the fake score. A student that is trained whole has a
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from ..build import (
     MODEL_SECTIONS,
+    adopt_places,
     adopt_sampler,
     image_conditioners,
     load_model,
+    make_chain,
     make_denoiser,
     prepare_backbone,
 )
 from ..codecs import Codec, make_codec
-from ..conditioners import Conditioners, unconditional
+from ..conditioners import Conditioners
 from ..config import override
 from ..data.images import save_png
 from ..errors import UserError, choose
@@ -73,14 +75,14 @@ def null_condition(cond: Mapping[str, Any], empty: Tensor | None,
     """What a network is guided against, as `null(cond) -> cond` of the same shapes; None where there is nothing.
 
     cond: of the network's description. empty: (tokens, width) of the empty text, for a network of texts. conditioners:
-        of a network of images.
+        of a network with some, called before.
     """
     if cond["kind"] == "label" and cond["null_label"] >= 0:
         return lambda held: {"y": torch.full_like(held["y"], cond["null_label"])}
     if cond["kind"] == "text" and empty is not None:
         return lambda held: {"context": empty.expand_as(held["context"])}
     if conditioners is not None and conditioners.guidable:
-        return lambda held: unconditional(held, conditioners.null_label)
+        return conditioners.unconditional
     return None
 
 
@@ -88,6 +90,8 @@ def student_description(config: ConfigDict, teacher: Mapping[str, Any]) -> dict[
     """What the student's checkpoints say: the teacher's sections, no guidance, and the sampler of a few steps."""
     description = {name: copy.deepcopy(teacher[name]) for name in (*MODEL_SECTIONS, "image")}
     description["cond"].update(drop=0.0)
+    if "text_drop" in description["cond"]:
+        description["cond"]["text_drop"] = 0.0
     if description["cond"]["kind"] == "label":  # conditioners say by their rates whether they can be guided
         description["cond"]["null_label"] = -1
     sampler = student_sampler(config.distill.student_steps, make_schedule(**description["schedule"]))
@@ -168,12 +172,21 @@ class FlashSetup:
 
 
 class FlashTrainer(Trainer):
-    """The shared loop; its pictures show the student at 1, 2 and 4 steps below its teacher."""
+    """The shared loop; its pictures show the student at 1, 2 and 4 steps below its teacher.
 
-    def __init__(self, config: ConfigDict, run: Run, setup: FlashSetup, precision: str):
+    conditioners   of the teacher, where it has some; the student always sees what they give
+    """
+
+    def __init__(self, config: ConfigDict, run: Run, setup: FlashSetup, precision: str,
+                 conditioners: Conditioners | None = None):
+        self.conditioners = conditioners
         super().__init__(config, run, setup.student, setup.description, setup.objective, precision)
         self.setup = setup
         self.taught: Tensor | None = None  # the teacher's images, which stay the same
+
+    def _make_chain(self, config: Mapping[str, Any]) -> Chain:
+        conditioners = None if self.conditioners is None else self.conditioners.always()
+        return make_chain(config, self.ema.net, self.description, self.device, conditioners=conditioners)
 
     def _preview(self) -> None:
         if not self.processes.is_main:
@@ -197,7 +210,8 @@ class FlashTrainer(Trainer):
         stage = self.setup.stages[-1]
         chain = few_steps(self.chain, stage.steps)
         return replace(chain, denoiser=self.setup.teacher, sampler=make_sampler(self.setup.solver, order=2),
-                       cfg_scale=sum(stage.guidance) / 2, null_label=self.setup.null_label)
+                       cfg_scale=sum(stage.guidance) / 2, null_label=self.setup.null_label,
+                       conditioners=self.conditioners)
 
 
 def few_steps(chain: Chain, steps: int) -> Chain:
@@ -211,10 +225,11 @@ def images_of(chain: Chain, seeds: list[int], labels: list[int] | None) -> Tenso
     return torch.cat([images.cpu() for _, images in chain.images(seeds, labels)])
 
 
-def distil_chain(config: ConfigDict, stages: list[Stage], run: Run, began: float) -> int:
+def distil_chain(config: ConfigDict, stages: list[Stage], run: Run, began: float,
+                 overrides: Collection[str] = ()) -> int:
     """Train the student of `config.distill` in `run`, or go on there. Returns the exit status, as `Trainer.train`.
 
-    stages: of `check`. began: `time.monotonic()` from which `train.max_minutes` counts.
+    stages: of `check`. began: `time.monotonic()` from which `train.max_minutes` counts. overrides: see `adopt_places`.
     """
     processes, precision = run.processes, choose_precision(config)
     saved = run.resume()
@@ -222,13 +237,14 @@ def distil_chain(config: ConfigDict, stages: list[Stage], run: Run, began: float
         logging.info("%s is finished: %d steps; a larger --config.train.steps goes on", run.workdir, saved.step)
         return 0
     net, held = without_heads(*load_model(config, run.start))
+    adopt_places(config, held, overrides)
     refuse_other_schedule(config, held)
     data = load_training_data(config.data, held, processes.device)
     codec = make_codec(held["codec"], processes.device)
     size = codec.latent_shape(held["image"]["size"], held["image"]["channels"])[1:]
-    conditioners = image_conditioners(held, net, size, torch.device("cpu"))
+    conditioners = image_conditioners(held, net, size, processes.device)
     null = null_condition(held["cond"], getattr(data, "empty_context", None), conditioners)
     setup = FlashSetup(config, stages, net, held, run.start, codec, null, precision, processes.device)
-    trainer = FlashTrainer(config, run, setup, precision)
+    trainer = FlashTrainer(config, run, setup, precision, conditioners)
     trainer.restore(saved)
     return trainer.train(data, began)

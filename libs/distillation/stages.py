@@ -7,7 +7,7 @@ stages.json: what each stage is, how far it is, and what its student scored.
 import copy
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from torch import nn
 
-from ..build import load_model
+from ..build import adopt_places, load_model
 from ..checkpoint import STAGES
 from ..errors import UserError
 from ..files import atomic_path
@@ -130,12 +130,14 @@ def stage_config(config: ConfigDict, stage: Stage) -> ConfigDict:
 
 
 class Stages:
-    """The run in `workdir`, from the checkpoint `start`."""
+    """The run in `workdir`, from the checkpoint `start`. overrides: see `adopt_places`."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, start: str, processes: Processes):
+    def __init__(self, config: ConfigDict, workdir: Path, start: str, processes: Processes,
+                 overrides: Collection[str] = ()):
         self.config, self.workdir, self.start, self.processes = config, workdir, start, processes
         self.precision = choose_precision(config)
         self.base: Model = without_heads(*load_model(config, start))
+        adopt_places(config, self.base[1], overrides)
         refuse_other_schedule(config, self.base[1])
         make_guidance(config, self.base[1])
         self.stages = plan(config, self.base[1])

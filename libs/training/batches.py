@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Codec, PixelCodec
-from ..conditioners import Draws, make_conditioners
+from ..conditioners import Conditioners, Draws, make_conditioners
 from ..contexts import KINDS, DataContexts, refuse_other_kind
 from ..data import ImageData, load_data
 from ..data.feature_data import FeatureData
@@ -55,21 +55,23 @@ class Batches:
     """`parts(step)` yields this process's share of a step's batch, cut into `accumulate` parts.
 
     cond         a description's `cond` section: at the rate `drop` labels (kind label) are replaced by `null_label`,
-                 texts (kind text) by the empty one, and what conditioners make of images (kind image) by zeros
+                 texts (kind text) by the empty one, and what conditioners give (kind image) by what stands for none
     flip         mirror half of the images; features hold the flips that they were made with
     rank, count  of the processes; batch_size is a multiple of count x accumulate
+    conditioners of `cond`, where they are made already
     """
 
     def __init__(self, data: ImageData | FeatureData | ShardData, codec: Codec, cond: Mapping, flip: bool, seed: int,
-                 batch_size: int, accumulate: int = 1, rank: int = 0, count: int = 1):
+                 batch_size: int, accumulate: int = 1, rank: int = 0, count: int = 1,
+                 conditioners: Conditioners | None = None):
         assert batch_size % (count * accumulate) == 0, (batch_size, count, accumulate)
         self.data, self.codec, self.cond, self.flip, self.seed = data, codec, cond, flip, seed
         self.batch_size, self.accumulate = batch_size, accumulate
         self.share = batch_size // count
         self.first = rank * self.share
         self.order = data.order(seed) if isinstance(data, ShardData) else DataOrder(len(data), seed)
-        self.conditioners = None
-        if cond["kind"] == "image":
+        self.conditioners = conditioners
+        if cond["kind"] == "image" and conditioners is None:
             size = codec.latent_shape(data.image_shape[0], data.image_shape[2])[1:]
             self.conditioners = make_conditioners(cond, size, data.device)
 
@@ -114,6 +116,8 @@ class Batches:
             return None
         if self.conditioners is not None:
             inputs = {"image": PixelCodec().encode(images)} | ({"label": labels} if self.cond["num_classes"] else {})
+            if "text" in self.conditioners.reads:
+                inputs["text"] = self.data.texts(indices, draws.uniform(Stream.TRAIN_CAPTION))
             seeds = torch.full_like(draws.positions, self.seed)
             return self.conditioners(inputs, Draws(seeds, draws.positions), drop=True)
         if self.cond["kind"] == "label":
@@ -139,7 +143,7 @@ def show_data(chain: Chain, description: Mapping, data: ImageData | FeatureData 
     if description["cond"]["kind"] == "text":
         chain.show(DataContexts(data))
     elif description["cond"]["kind"] == "image":
-        chain.show_images(data)
+        chain.show_inputs(data)
 
 
 def load_training_data(section: Mapping, description: Mapping,

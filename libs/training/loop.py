@@ -135,7 +135,7 @@ class Trainer:
     def _make_batches(self, data: ImageData, kind: type[Batches] = Batches, *options) -> Batches:
         section, processes = self.section, self.processes
         return kind(*options, data, self.chain.codec, self.description["cond"], self.config.data.flip, self.config.seed,
-                    section.batch_size, section.accumulate, processes.rank, processes.count)
+                    section.batch_size, section.accumulate, processes.rank, processes.count, self.chain.conditioners)
 
     def _update(self) -> None:
         """One optimizer update on one global batch."""

@@ -24,9 +24,10 @@ class Quality:
         self.chain, self.processes = chain, processes
         self.seeds = list(range(config.train.eval_images))
         blank = chain.codec.decode(torch.zeros(1, *chain.shape, device=chain.device))  # 1 h w c
+        reads = set() if chain.conditioners is None else chain.conditioners.reads
         self._fresh = Metrics(Request(config.eval, len(self.seeds), tuple(blank.shape[1:]), chain.device, config.data,
-                                      chain.num_classes, with_reference=processes.is_main,
-                                      shown=chain.conditioners is not None))
+                                      chain.num_classes, with_reference=processes.is_main, prompts="text" in reads,
+                                      shown="image" in reads))
 
     def measure(self) -> dict[str, float]:
         """{metric: value} on the main process, {} on others."""

@@ -67,8 +67,9 @@ class Run:
         usual = _flat(base_config().to_dict())
         for field in wanted.keys() - held.keys() & usual.keys():  # it came after the run, which had what is usual now
             held[field] = json.loads(json.dumps(usual[field]))
+        kept = {"cond.tokens"} if held.get("cond.kind") == "image" else set()  # its texts are embedded in training
         for field in sorted({*held, *wanted}):
-            free = field.split(".")[0] in FREE_SECTIONS or field in FREE_FIELDS
+            free = field.split(".")[0] in FREE_SECTIONS or field in {*FREE_FIELDS} - kept
             if free or held.get(field) == wanted.get(field):
                 continue
             name = "--checkpoint" if field == "start" else f"--config.{field}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..build import (
     DTYPES,
     MODEL_SECTIONS,
+    adopt_places,
     adopt_sampler,
     describe,
     guidance_range,
@@ -54,6 +55,9 @@ def validate(config: ConfigDict, processes: int = 1) -> None:
         raise UserError(f"--config.train.betas={section.betas} must be two numbers from 0 to below 1")
     if not 0 <= config.cond.drop <= 1:
         raise UserError(f"--config.cond.drop={config.cond.drop} must lie between 0 and 1")
+    if not (0 <= config.cond.get("text_drop", 0) <= 1 or config.cond.text_drop == -1):
+        raise UserError(f"--config.cond.text_drop={config.cond.text_drop} must lie between 0 and 1, or be -1, which "
+                        "stands for cond.drop")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--config.seed={config.seed} must be from 0 to 2^63 - 1")
     if section.eval_every and not config.eval.metrics:
@@ -102,6 +106,7 @@ def start_network(config: ConfigDict, start: str | None,
         raise UserError(f"--config.early_exit.learn_from=data: the checkpoint is a student of "
                         f"{description['sampler']['steps']} steps, which would become a model of many again; use start")
     description = {name: description[name] for name in kept if name in description}
+    adopt_places(config, description, overrides)
     if description["cond"]["kind"] == "none" and getattr(net, "num_classes", -1) > 0:
         raise UserError("cond.kind='none', but the network has classes (backbone.num_classes="
                         f"{net.num_classes}); choose label")
