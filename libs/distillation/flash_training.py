@@ -173,12 +173,14 @@ class FlashTrainer(Trainer):
     def __init__(self, config: ConfigDict, run: Run, setup: FlashSetup, precision: str):
         super().__init__(config, run, setup.student, setup.description, setup.objective, precision)
         self.setup = setup
+        if config.distill.lora_rank:  # the network is its own teacher
+            setup.objective.alone = self.alone
         self.taught: Tensor | None = None  # the teacher's images, which stay the same
 
     def _preview(self) -> None:
-        if not self.processes.is_main:
-            return
-        with self._aside():
+        with self._sampling(), self.setup.objective.alone():
+            if not self.processes.is_main:
+                return
             count = min(self.section.preview_images, self.chain.rows)
             seeds = list(range(count))
             labels = parse_labels(None, seeds, self.chain.num_classes)
