@@ -37,7 +37,7 @@ from .quality import Quality, is_better
 from .report import Report
 from .run import NEVER, Run, refuse_failure
 from .setup import with_precision
-from .sharding import ShardedEMA, local, optimizer_shards, shards, whole
+from .sharding import ShardedEMA, gathered, local, optimizer_shards, shards, whole
 from .state import Saved
 
 TIME_IS_UP, INTERRUPTED = 1, 2  # why a run stops before its last step
@@ -59,15 +59,17 @@ class Trainer:
         self.config, self.section, self.run, self.processes = config, config.train, run, run.processes
         self.description, self.objective = description, objective
         device = self.device = run.processes.device
-        sharded = sharding.asked_for(self.processes)
-        reshard = sharded and sharding.read_launcher(config, precision)
-        self.net = prepare_backbone(net, {**config.compute, "compile": False}, device)
+        self.beside = beside(objective).to(device)
+        sharded = sharding.asked_for(self.processes.count)
+        reshard = sharded and sharding.read_launcher(config, precision, alone=not any(self.beside.parameters()))
+        at_first = torch.device("cpu") if sharded else device  # a device need not hold what is to be sharded
+        self.net = prepare_backbone(net, {**config.compute, "compile": False}, at_first)
         self._learn()
         if self.section.grad_checkpoint:
             recompute_activations(self.net)
         self.parallel, self.alone = None, contextlib.nullcontext
         if sharded:
-            self.ema = ShardedEMA(self.net, self.section.ema)
+            self.ema = ShardedEMA(self.net, self.section.ema, device)
             sharding.shard(self.net, self.processes, reshard)
             self.ema.follow(self.net)
             self.alone = partial(sharding.unsharded, self.net, reshard)
@@ -79,7 +81,6 @@ class Trainer:
         called = torch.compile(called) if config.compute.compile else called
         self.denoiser = make_denoiser(called, description, precision, device)
         self.parameters = [each for each in self.net.parameters() if each.requires_grad]
-        self.beside = beside(objective).to(device)
         self.optimizer = make_optimizer(self.net, self.section, device)
         for group in parameter_groups(self.beside, self.section.weight_decay):
             self.optimizer.add_param_group(group | {"factor": getattr(objective, "lr_factor", 1.0)})
@@ -242,8 +243,8 @@ class Trainer:
         with self._aside():
             self._refuse_failure()
             main = self.processes.is_main
-            weights, average = whole(learned_state(self.net), main), whole(self.ema.state(), main)
-            moments = whole(self.optimizer.state_dict()["state"], main)
+            weights, average = gathered(learned_state(self.net), main), gathered(self.ema.state(), main)
+            moments = gathered(self.optimizer.state_dict()["state"], main)
             if main:
                 state = {"optimizer": moments, "scaler": self.scaler.state_dict(), "seconds": self._seconds(),
                          "best": self.best, "images": self.images, "beside": self.beside.state_dict()}

@@ -23,8 +23,8 @@ from ..errors import UserError, choose
 from ..processes import Processes
 from ..weights import has_lora, refuse_other_tensors
 
-STRATEGIES = {"FULL_SHARD": True, "1": True, "SHARD_GRAD_OP": False, "2": False}  # of the launcher's FSDP version 1
-AFTER_FORWARD = {"true": True, "false": False}  # whether a block's weights are parted again, of its version 2
+RESHARD = {"true": True, "full_shard": True, "1": True,  # after the forward pass, in words of FSDP's two versions
+           "false": False, "shard_grad_op": False, "2": False}
 
 
 def _diffusers_unet(net: nn.Module) -> list[nn.Module | None]:
@@ -41,20 +41,22 @@ UNITS: dict[str, Callable[[nn.Module], list[nn.Module | None]]] = {  # by the na
 }
 
 
-def asked_for(processes: Processes) -> bool:
-    """Whether the launcher wants the network sharded, and there are others to share it with."""
-    return processes.count > 1 and _launcher("ACCELERATE_USE_FSDP") == "true"
+def asked_for(processes: int) -> bool:
+    """Whether the launcher wants the network sharded, and there are processes to share it."""
+    return processes > 1 and _launcher("ACCELERATE_USE_FSDP") == "true"
 
 
-def read_launcher(config: ConfigDict, precision: str) -> bool:
+def read_launcher(config: ConfigDict, precision: str, alone: bool = True) -> bool:
     """Whether a block parts its weights again after its forward pass. Raises UserError for what is not served.
 
     Which blocks there are is the network's affair (`UNITS`), and checkpoints are whole: the launcher's wrap policy and
     state dict type say nothing here.
+
+    alone: whether nothing learns beside the network, since torch unscales gradients of one kind, sharded or not.
     """
-    if precision == "fp16":
-        raise UserError("accelerate launch --use_fsdp --mixed_precision=fp16: losses are not scaled over shards; use "
-                        "bf16 or no")
+    if precision == "fp16" and not alone:
+        raise UserError("accelerate launch --use_fsdp --mixed_precision=fp16: a discriminator learns beside the "
+                        "sharded network, and their gradients are not scaled together; use bf16 or no")
     if config.compute.compile:
         raise UserError("--config.compute.compile=True: a network that accelerate launch --use_fsdp shards is not "
                         "compiled; leave one of them out")
@@ -62,11 +64,8 @@ def read_launcher(config: ConfigDict, precision: str) -> bool:
                             ("activation_checkpointing", "use --config.train.grad_checkpoint=true")):
         if _launcher(f"FSDP_{option.upper()}") == "true":
             raise UserError(f"accelerate launch --fsdp_{option}=true is not served; {instead}")
-    if _launcher("FSDP_VERSION", "2") == "1":
-        return choose("accelerate launch --fsdp_sharding_strategy",
-                      _launcher("FSDP_SHARDING_STRATEGY", "full_shard").upper(), STRATEGIES)
-    return choose("accelerate launch --fsdp_reshard_after_forward", _launcher("FSDP_RESHARD_AFTER_FORWARD", "true"),
-                  AFTER_FORWARD)
+    return all(choose(f"accelerate launch --{option}", _launcher(option.upper(), "true"), RESHARD)
+               for option in ("fsdp_sharding_strategy", "fsdp_reshard_after_forward"))
 
 
 def _launcher(name: str, usual: str = "false") -> str:
@@ -130,21 +129,23 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(value: Any, keep: bool = True) -> Any:
-    """A tensor, or all those of a dict of dicts, with the shards of all processes put together; those of a dict come to
-    host memory, one after the other. What is not sharded stays as it is. All processes call this together.
+def whole(tensor: Tensor) -> Tensor:
+    """The shards of all processes put together, on every process; any other tensor as it is. All of them come here
+    together.
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    keep: whether this process wants them, else it gets None in their places.
+
+def gathered(value: Any, keep: bool) -> Any:
+    """Likewise every tensor of a dict of dicts, one after the other, those that were sharded in host memory.
+
+    keep: whether this process wants them, else it gets None for those.
     """
     if isinstance(value, Mapping):
-        return {name: _on_host(each, keep) for name, each in value.items()}
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _on_host(value: Any, keep: bool) -> Any:
+        return {name: gathered(each, keep) for name, each in value.items()}
     if not isinstance(value, DTensor):
-        return whole(value, keep)
-    full = value.full_tensor()
+        return value
+    full = whole(value)
     return full.cpu() if keep else None
 
 
@@ -170,22 +171,23 @@ def _like(tensor: Any, own: Any) -> Any:
 class ShardedEMA:
     """As `EMA`, of a network that is sharded after this is made; `follow` comes then.
 
-    net   a plain network in eval mode, which has weights inside `whole` only
+    net   a plain network on the device, in eval mode, which has weights inside `whole` only
     """
 
-    def __init__(self, net: nn.Module, decay: float):
+    def __init__(self, net: nn.Module, decay: float, device: torch.device):
         self.decay = decay
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         for each in self.net.parameters():
-            each.data = torch.empty_like(each.data)  # memory of its own
+            each.data = torch.empty_like(each.data, device=device)  # memory of its own
             each.untyped_storage().resize_(0)
+        self.net.to(device)  # buffers
 
     def follow(self, net: nn.Module) -> None:
         """net: the sharded network."""
         followed, lora = net.state_dict(), has_lora(net)  # tensors that share memory with the network's
         learning = [name for name, tensor in followed.items()
                     if self.decay and tensor.is_floating_point() and (".lora_" in name or not lora)]
-        self._tensors = followed | {name: followed[name].clone() for name in learning}
+        self._tensors = {**followed} | {name: followed[name].clone() for name in learning}
         self._average, self._source = ([local(held[name]) for name in learning] for held in (self._tensors, followed))
 
     @torch.no_grad()
@@ -210,10 +212,9 @@ class ShardedEMA:
         """`net` has its weights inside, on every process. All of them come here together."""
         with torch.no_grad():
             for name, tensor in self.net.state_dict().items():
-                full = whole(self._tensors[name])
                 if tensor.untyped_storage().nbytes() == 0:
                     tensor.untyped_storage().resize_(tensor.nbytes)
-                tensor.copy_(full)
+                tensor.copy_(whole(self._tensors[name]))
         try:
             yield
         finally:
