@@ -60,7 +60,7 @@ def run_sharded(argv):
         held = {name: [sum(sharding.local(each).numel() for each in tensors), sum(each.numel() for each in tensors)]
                 for name, tensors in kinds.items()}
         (self.run.workdir / f"held_{self.processes.rank}.json").write_text(json.dumps(held))
-        assert all(each.untyped_storage().nbytes() == 0 for each in self.ema.net.parameters())
+        assert all(each.untyped_storage().nbytes() <= 4 for each in self.ema.net.parameters())
         save(self)
 
     def left_in_the_middle(self, *inputs):

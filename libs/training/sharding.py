@@ -6,6 +6,7 @@ gathers its weights while it runs, forward and backward. What is written to disk
 
 import contextlib
 import copy
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -175,12 +176,11 @@ class ShardedEMA:
     """
 
     def __init__(self, net: nn.Module, decay: float, device: torch.device):
-        self.decay = decay
+        self.decay, self.device = decay, device
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        for each in self.net.parameters():
-            each.data = torch.empty_like(each.data, device=device)  # memory of its own
-            each.untyped_storage().resize_(0)
-        self.net.to(device)  # buffers
+        self._forget()
+        for each in self.net.buffers():
+            each.data = each.to(device)
 
     def follow(self, net: nn.Module) -> None:
         """net: the sharded network."""
@@ -210,13 +210,16 @@ class ShardedEMA:
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
         """`net` has its weights inside, on every process. All of them come here together."""
-        with torch.no_grad():
-            for name, tensor in self.net.state_dict().items():
-                if tensor.untyped_storage().nbytes() == 0:
-                    tensor.untyped_storage().resize_(tensor.nbytes)
-                tensor.copy_(whole(self._tensors[name]))
+        for name, each in self.net.named_parameters(remove_duplicate=False):
+            each.data = whole(self._tensors[name])
+        for name, each in self.net.named_buffers():
+            each.copy_(self._tensors.get(name, each))
         try:
             yield
         finally:
-            for each in self.net.parameters():
-                each.untyped_storage().resize_(0)
+            self._forget()
+
+    def _forget(self) -> None:
+        """The parameters keep their shapes, in the memory of one number, with which no sampling goes unnoticed."""
+        for each in self.net.parameters():
+            each.data = each.new_full((), math.nan, device=self.device).expand(each.shape)
