@@ -29,7 +29,7 @@ from libs.training.state import Checkpoints
 
 DIGITS, TINY = OF_TRAIN[0], OF_TRAIN[1:]
 SCRIPTS = {"train": train.main, "distillate": distillate.main}
-HALVINGS = ("--config.distill.start_steps=4", "--config.distill.end_steps=2", "--config.train.accumulate=2")
+HALVINGS = ("--config.distill.start_steps=8", "--config.distill.end_steps=4", "--config.train.accumulate=2")
 PICTURES = ("--config.train.preview_every=4", "--config.train.preview_images=3", "--config.train.ema=0.5")
 EXIT = ("--config.early_exit.ual_per_sample=true", "--config.train.grad_checkpoint=true",
         "--config.train.preview_every=5", "--config.train.preview_images=2")
@@ -80,13 +80,17 @@ def run_alone(script, workdir, *fields):
     assert SCRIPTS[script]([*fields, f"--workdir={workdir}"]) == 0
 
 
+def copy_without_last(run, workdir):
+    """A run of 5 steps that stands at step 4."""
+    shutil.copytree(run, workdir)
+    shutil.rmtree(workdir / "ckpts" / "00000005")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The folder of the runs: NAME of one process, sharded/NAME of two."""
     folder = tmp_path_factory.mktemp("runs")
-    short = "--config.train.steps=2"
     run_alone("train", folder / "plain", DIGITS, *TINY)
-    run_alone("train", folder / "stopped", DIGITS, *TINY, short)
     run_alone("train", folder / "teacher", DIGITS, *OF_FLASH, *SHORT)
     teacher = f"--checkpoint={folder / 'teacher'}"
     runs = {"plain": ("train", DIGITS, *TINY),
@@ -96,11 +100,12 @@ def runs(tmp_path_factory):
     for name in ("exits", "halved", "lora"):
         script, *fields = runs[name]
         run_alone(script, folder / name, *fields)
-    shutil.copytree(folder / "stopped", folder / "sharded" / "from_one")
+    copy_without_last(folder / "plain", folder / "sharded" / "from_one")
     commands = [(script, str(folder / "sharded" / name), *fields) for name, (script, *fields) in runs.items()]
-    for name, *more in (("resumed", short), ("resumed",), ("from_one",), ("to_one", short)):
+    for name, *more in (("resumed", "--config.train.steps=2"), ("resumed",), ("from_one",)):
         commands.append(("train", str(folder / "sharded" / name), DIGITS, *TINY, *more))
     run_in_two(run_sharded, [json.dumps(commands), json.dumps(launched())])
+    copy_without_last(folder / "sharded" / "plain", folder / "sharded" / "to_one")
     run_alone("train", folder / "sharded" / "to_one", DIGITS, *TINY)
     return folder
 
@@ -119,13 +124,13 @@ def assert_equal_but_for_rounding(one, two):
             torch.testing.assert_close(theirs[name], tensor, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["plain", "exits", "halved/steps_0002", "lora"])
+@pytest.mark.parametrize("name", ["plain", "exits", "halved/steps_0004", "lora"])
 def test_two_processes_with_a_part_each_learn_what_one_does(runs, name):
     """The LoRA's teacher is the sharded network too, called as often as each process's images need."""
     assert_equal_but_for_rounding(runs / name, runs / "sharded" / name)
 
 
-@pytest.mark.parametrize("name", ["plain", "exits", "halved/steps_0002", "lora"])
+@pytest.mark.parametrize("name", ["plain", "exits", "halved/steps_0004", "lora"])
 def test_each_holds_a_part(runs, name):
     one, two = (json.loads((runs / "sharded" / name / f"held_{rank}.json").read_text()) for rank in range(2))
     for kind in ("weights", "moments", "average"):

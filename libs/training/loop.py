@@ -61,7 +61,7 @@ class Trainer:
         device = self.device = run.processes.device
         self.beside = beside(objective).to(device)
         sharded = sharding.asked_for(self.processes.count)
-        reshard = sharded and sharding.read_launcher(config, precision, alone=not any(self.beside.parameters()))
+        reshard = sharded and sharding.read_launcher(config, precision, not [*self.beside.parameters()])
         at_first = torch.device("cpu") if sharded else device  # a device need not hold what is to be sharded
         self.net = prepare_backbone(net, {**config.compute, "compile": False}, at_first)
         self._learn()
