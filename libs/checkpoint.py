@@ -251,13 +251,17 @@ def drop_heads(net: nn.Module) -> bool:
     return had
 
 
-def learned_state(net: nn.Module) -> dict[str, Tensor]:
-    """What the checkpoints of a training hold: the whole network, or its LoRA alone."""
+def learned_state(net: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What the checkpoints of a training hold: the whole network, or its LoRA alone.
+
+    tensors: those of its state dict, by their names there, in place of its own.
+    """
+    tensors = net.state_dict() if tensors is None else tensors
     if not has_lora(net):
-        return net.state_dict()
+        return dict(tensors)
     from .lora import lora_state  # peft takes seconds to import
 
-    return lora_state(net)
+    return lora_state(tensors)
 
 
 def load_learned(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

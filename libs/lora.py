@@ -135,9 +135,12 @@ class AdaptersOff:
             return self.net(*args, **kwargs)
 
 
-def lora_state(net: nn.Module) -> dict[str, Tensor]:
-    """{name: tensor} of the LoRA alone, such as `mid_block.conv1.lora_A.weight`; the tensors are those of `net`."""
-    return {re.sub(r"(\.lora_[AB])\.[^.]+\.", r"\1.", name): tensor for name, tensor in net.state_dict().items()
+def lora_state(net: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{name: tensor} of the LoRA alone, such as `mid_block.conv1.lora_A.weight`; the tensors are those of `net`, a
+    network or its state dict.
+    """
+    state = net.state_dict() if isinstance(net, nn.Module) else net
+    return {re.sub(r"(\.lora_[AB])\.[^.]+\.", r"\1.", name): tensor for name, tensor in state.items()
             if ".lora_" in name}
 
 

@@ -15,6 +15,7 @@ from ..errors import UserError, choose
 from ..processes import Processes
 from ..prompts import read_prompts
 from ..training import Run, choose_precision, validate
+from ..training.sharding import asked_for
 from .adaptor_training import FILE, LEARNED, AdaptorTraining
 from .trajectories import chain_teacher, pipeline_teacher
 
@@ -32,6 +33,8 @@ def check(config: ConfigDict, processes: int) -> None:
             raise UserError(f"--config.distill.{field}={section[field]} must be at least {least}")
     if section.adaptor == "ridge" and processes > 1:
         raise UserError("distill.adaptor='ridge' is fitted by one process; leave accelerate launch out")
+    if asked_for(processes):
+        raise UserError("accelerate launch --use_fsdp: an adaptor is too small to be sharded; use --multi_gpu")
     if section.trajectories % processes:
         raise UserError(f"--config.distill.trajectories={section.trajectories} cannot be divided among {processes} "
                         "processes")

@@ -75,6 +75,7 @@ class Flash:
     pixels         the model space decoded for LPIPS, see `flash_losses.lpips_distance`
     cached         what surrounds a roll-out, `cached(times, rows_per_image)`: `flash_rollout.cached` of a network
 
+    alone     what surrounds a roll-out, whose calls are as many as the process's own images need
     modules   what learns beside the student: the discriminator, or None
     terms     {name: sum over the rows} of the losses of the last call, before their scales; detached on the device
     """
@@ -84,6 +85,7 @@ class Flash:
                  pixels: Callable[[Tensor], Tensor] | None = None,
                  cached: Callable[[Tensor, int], contextlib.AbstractContextManager] | None = None):
         self.stages, self.teacher, self.null, self.features = stages, teacher, null, features
+        self.alone: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         self.cached = cached or (lambda times, rows_per_image: contextlib.nullcontext())
         self.grids = _grids(stages, teacher.schedule, section)
         self.distance = make_distance(section["distance"], pixels)
@@ -143,7 +145,7 @@ class Flash:
 
     @torch.no_grad()
     def _rollout(self, teacher: Teacher, x: Tensor, i: Tensor, ts: Tensor) -> Tensor:
-        with self.cached(self.teacher.time_input(ts[int(i.min()):-1]), 1 if teacher.w is None else 2):
+        with self.alone(), self.cached(self.teacher.time_input(ts[int(i.min()):-1]), 1 if teacher.w is None else 2):
             return teacher_rollout(teacher, x, i, ts, self.teacher.schedule, self.order)
 
     def _dmd(self, student: Denoiser, teacher: Teacher, f: Tensor, batch: Batch) -> Tensor:

@@ -103,8 +103,8 @@ class PipelineTrainer(FlashTrainer):
     def _save(self) -> None:
         """The folder, then the checkpoint: whoever goes on from this has made that."""
         self._refuse_failure()
-        if self.processes.is_main:
-            with self._aside():
+        with self._sampling():
+            if self.processes.is_main:
                 self._write_student()
         super()._save()
 

@@ -182,6 +182,8 @@ class FlashTrainer(Trainer):
         self.conditioners = conditioners
         super().__init__(config, run, setup.student, setup.description, setup.objective, precision)
         self.setup = setup
+        if config.distill.lora_rank:  # the network is its own teacher
+            setup.objective.alone = self.alone
         self.taught: Tensor | None = None  # the teacher's images, which stay the same
 
     def _make_chain(self, config: Mapping[str, Any]) -> Chain:
@@ -189,9 +191,9 @@ class FlashTrainer(Trainer):
         return make_chain(config, self.ema.net, self.description, self.device, conditioners=conditioners)
 
     def _preview(self) -> None:
-        if not self.processes.is_main:
-            return
-        with self._aside():
+        with self._sampling(), self.setup.objective.alone():
+            if not self.processes.is_main:
+                return
             count = min(self.section.preview_images, self.chain.rows)
             seeds = list(range(count))
             labels = parse_labels(None, seeds, self.chain.num_classes)

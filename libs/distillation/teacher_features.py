@@ -4,7 +4,8 @@ The network's own forward ends there, by an exception, so what comes after is ne
 Stable Diffusion UNet. A transformer's middle is block n // 2 of n, whose patch tokens are a map.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,26 +118,50 @@ class TeacherFeatures:
 
     def __init__(self, denoiser: Denoiser, net: nn.Module, features: str = "middle"):
         choose("--config.distill.discriminator_features", features, FEATURES)
-        self.denoiser = denoiser
+        self.denoiser, self.net = denoiser, net
         self.middle = middle(net) if features == "middle" else None
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: dict | None = None) -> Tensor:
         if self.middle is None:
             return self.denoiser.output(x_t, t, cond)
-        # Registered for this call alone: any other forward, and a recomputation in the backward pass, goes on.
-        hook = self.middle.block.register_forward_hook(_end)
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with torch.compiler.set_stance("force_eager"), _ending_at(self.middle.block, self.net):
                 self.denoiser.call(x_t, t, cond)
         except _Reached as reached:
             out = reached.out
         else:
             raise RuntimeError("the denoiser's forward did not pass the middle block of the network that it was given "
                                "with")
-        finally:
-            hook.remove()
         return self.middle.map(out, *x_t.shape[2:]).to(x_t.dtype)
 
 
-def _end(block: nn.Module, args: tuple, out: Any) -> None:
-    raise _Reached(out)
+@contextlib.contextmanager
+def _ending_at(block: nn.Module, net: nn.Module) -> Iterator[None]:
+    """Inside, a forward of `net` ends behind `block` by `_Reached`, but not before the hooks of `net` itself have seen
+    what it ends with as its output: those of sharded training part the weights again, and gather them for the backward
+    pass. Any other forward, and a recomputation in the backward pass, goes on.
+    """
+    forward, patched, reached = net.forward, vars(net).get("forward"), []
+
+    def until_block(*args, **kwargs) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except _Reached as end:
+            reached.append(True)
+            return end.out
+
+    def end(module: nn.Module, args: tuple, out: Any) -> None:
+        if module is block or reached:
+            raise _Reached(out)
+
+    hooks = [block.register_forward_hook(end), net.register_forward_hook(end)]
+    net.forward = until_block
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if patched is None:
+            del net.forward
+        else:
+            net.forward = patched

@@ -124,9 +124,9 @@ class AutoencoderTrainer(Trainer):
 
     def _preview(self) -> None:
         """previews/{step}.png, held-out images above what comes out of them, and their PSNR."""
-        if not self.processes.is_main:
-            return
-        with self._aside():
+        with self._sampling():
+            if not self.processes.is_main:
+                return
             images, out = (torch.cat(each) for each in zip(*(
                 (part.cpu(), self._reconstruct(part).cpu()) for part in self._parts(self.held_out)), strict=True))
             error = float((images.double() - out.double()).square().mean())
@@ -150,8 +150,8 @@ class AutoencoderTrainer(Trainer):
     def _save(self) -> None:
         """The folder, then the checkpoint: whoever goes on from this has made that."""
         self._refuse_failure()
-        if self.processes.is_main:
-            with self._aside():
+        with self._sampling():
+            if self.processes.is_main:
                 self._write_folder()
         super()._save()
 

@@ -1,9 +1,13 @@
 """The exponential moving average of a network's weights."""
 
+import contextlib
 import copy
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ..checkpoint import learned_state, load_learned
 
 
 class EMA:
@@ -32,3 +36,15 @@ class EMA:
         torch._foreach_lerp_(self._average, self._source, 1 - self.decay)
         for average, source in self._other:  # counters
             average.copy_(source)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it."""
+        return learned_state(self.net)
+
+    def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Take `state` over; strict, the first difference is named in one line."""
+        load_learned(self.net, tensors, source)
+
+    def whole(self) -> contextlib.AbstractContextManager:
+        """What surrounds calls of `net`; see `sharding.ShardedEMA`."""
+        return contextlib.nullcontext()

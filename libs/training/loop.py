@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ..data import ImageData
 from ..errors import UserError
 from ..generate import Chain
 from ..weights import has_lora
+from . import sharding
 from .batches import Batches, show_data
 from .ema import EMA
 from .objective import Objective, beside
@@ -35,6 +37,7 @@ from .quality import Quality, is_better
 from .report import Report
 from .run import NEVER, Run, refuse_failure
 from .setup import with_precision
+from .sharding import ShardedEMA, gathered, local, optimizer_shards, shards, whole
 from .state import Saved
 
 TIME_IS_UP, INTERRUPTED = 1, 2  # why a run stops before its last step
@@ -56,19 +59,28 @@ class Trainer:
         self.config, self.section, self.run, self.processes = config, config.train, run, run.processes
         self.description, self.objective = description, objective
         device = self.device = run.processes.device
-        self.net = prepare_backbone(net, {**config.compute, "compile": False}, device)
+        self.beside = beside(objective).to(device)
+        sharded = sharding.asked_for(self.processes.count)
+        reshard = sharded and sharding.read_launcher(config, precision, not [*self.beside.parameters()])
+        at_first = torch.device("cpu") if sharded else device  # a device need not hold what is to be sharded
+        self.net = prepare_backbone(net, {**config.compute, "compile": False}, at_first)
         self._learn()
-        self.ema = EMA(self.net, self.section.ema, apart=config.policy.name != "full")
         if self.section.grad_checkpoint:
             recompute_activations(self.net)
-        self.parallel = None
-        if self.processes.count > 1:
-            self.parallel = DistributedDataParallel(self.net, device_ids=[device] if device.type == "cuda" else None)
+        self.parallel, self.alone = None, contextlib.nullcontext
+        if sharded:
+            self.ema = ShardedEMA(self.net, self.section.ema, device)
+            sharding.shard(self.net, self.processes, reshard)
+            self.ema.follow(self.net)
+            self.alone = partial(sharding.unsharded, self.net, reshard)
+        else:
+            self.ema = EMA(self.net, self.section.ema, apart=config.policy.name != "full")
+            if self.processes.count > 1:
+                self.parallel = DistributedDataParallel(self.net, [device] if device.type == "cuda" else None)
         called = self.parallel or self.net
         called = torch.compile(called) if config.compute.compile else called
         self.denoiser = make_denoiser(called, description, precision, device)
         self.parameters = [each for each in self.net.parameters() if each.requires_grad]
-        self.beside = beside(objective).to(device)
         self.optimizer = make_optimizer(self.net, self.section, device)
         for group in parameter_groups(self.beside, self.section.weight_decay):
             self.optimizer.add_param_group(group | {"factor": getattr(objective, "lr_factor", 1.0)})
@@ -85,10 +97,10 @@ class Trainer:
         """Go on from a checkpoint; None starts at step 0."""
         if saved is None:
             return
-        load_learned(self.net, saved.weights, "the run's checkpoint")
-        load_learned(self.ema.net, saved.ema, "the run's checkpoint")
+        load_learned(self.net, shards(saved.weights, learned_state(self.net)), "the run's checkpoint")
+        self.ema.load(saved.ema, "the run's checkpoint")
         self.beside.load_state_dict(saved.state.get("beside", {}))
-        load_optimizer_state(self.optimizer, saved.state["optimizer"])
+        load_optimizer_state(self.optimizer, optimizer_shards(saved.state["optimizer"], self.optimizer))
         if saved.state["scaler"]:  # empty where the precision was not fp16
             self.scaler.load_state_dict(saved.state["scaler"])
         self.step, self.seconds = saved.step, saved.state["seconds"]
@@ -153,16 +165,16 @@ class Trainer:
                 self.scaler.scale(loss / self.batches.share).backward()
             total += loss.detach()
             self._note_terms(len(batch.positions))
-        for each in self.beside.parameters():  # the network's are averaged by DistributedDataParallel
+        for each in self.beside.parameters():  # the network's are averaged by DistributedDataParallel, or by shards
             if each.grad is not None:
                 each.grad = self.processes.mean(each.grad)
         self.step = step = step + 1
         self.scaler.unscale_(self.optimizer)
-        if section.clip_norm:
-            self.grad_norm = nn.utils.clip_grad_norm_(self.parameters, section.clip_norm)
-        elif self._due("log_every"):
+        if section.clip_norm or self._due("log_every"):
             grads = [each.grad for each in self.parameters if each.grad is not None]
-            self.grad_norm = nn.utils.get_total_norm(grads)
+            self.grad_norm = whole(nn.utils.get_total_norm(grads))
+        if section.clip_norm:
+            nn.utils.clip_grads_with_norm_(self.parameters, section.clip_norm, self.grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.ema.update()
@@ -210,8 +222,8 @@ class Trainer:
                      rate, norm)
 
     def _measure(self) -> None:
-        with self._aside():
-            self._refuse_failure()
+        self._refuse_failure()
+        with self._sampling():
             values = self.quality.measure()
             if not self.processes.is_main:
                 return
@@ -223,25 +235,26 @@ class Trainer:
                 self.run.checkpoints.save_best(learned_state(self.ema.net), self._described() | {"quality": values})
 
     def _preview(self) -> None:
-        if self.processes.is_main:
-            with self._aside():
+        with self._sampling():
+            if self.processes.is_main:
                 self.report.picture(self.step, self.chain, self.section.preview_images)
 
     def _save(self) -> None:
         with self._aside():
             self._refuse_failure()
-            if self.processes.is_main:
-                state = {"optimizer": self.optimizer.state_dict()["state"], "scaler": self.scaler.state_dict(),
-                         "seconds": self._seconds(), "best": self.best, "images": self.images,
-                         "beside": self.beside.state_dict()}
-                self.run.checkpoints.save(self.step, learned_state(self.net), learned_state(self.ema.net),
-                                          self._described(), state)
+            main = self.processes.is_main
+            weights, average = gathered(learned_state(self.net), main), gathered(self.ema.state(), main)
+            moments = gathered(self.optimizer.state_dict()["state"], main)
+            if main:
+                state = {"optimizer": moments, "scaler": self.scaler.state_dict(), "seconds": self._seconds(),
+                         "best": self.best, "images": self.images, "beside": self.beside.state_dict()}
+                self.run.checkpoints.save(self.step, weights, average, self._described(), state)
 
     def _described(self) -> dict[str, Any]:
         return {**self.description, "trained": {"steps": self.step, "batch_size": self.section.batch_size}}
 
     def _refuse_failure(self) -> None:
-        learned = [*self.parameters, *self.beside.parameters()]
+        learned = [*map(local, self.parameters), *self.beside.parameters()]
         refuse_failure(self.run, int(self.failed_step), learned, self.step)
 
     def _same_data(self, data: ImageData) -> None:
@@ -261,6 +274,12 @@ class Trainer:
         yield
         self._learn()
         self.window += time.perf_counter() - before
+
+    @contextlib.contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """Likewise, with averaged weights to sample by. All processes come here together, whichever of them samples."""
+        with self._aside(), self.ema.whole():
+            yield
 
     def _learn(self) -> None:
         """The network as it learns. Where that is a LoRA alone, the rest stays in eval mode: without its LoRA it is a
