@@ -36,10 +36,12 @@ BESIDE_STUDENTS = [UVIT | {"sampler": sampler, "steps": steps}  # with as many c
                    for sampler, steps in [("ddim", 4), ("dpm_solver_pp", 4), ("ddim", 8)]]
 EXIT = UVIT | {"checkpoint": "cifar10_uvit_tiny_early_exit"}  # whose cells are left out while it is not there
 EARLY_EXIT = {"policy": "early_exit", "cost_images": 32}
+SCHEDULE = {"label": "schedule_0.6", "settings": {"mode": "schedule", "target_layer_ratio": 0.6}}
 ON_UVIT = [
     UVIT, EXIT, EXIT | EARLY_EXIT | {"label": "threshold_0.92", "settings": {"threshold": 0.92}},
-    EXIT | EARLY_EXIT | {"label": "schedule_0.6", "settings": {"mode": "schedule", "target_layer_ratio": 0.6}},
+    EXIT | EARLY_EXIT | SCHEDULE,
 ]
+EXIT_STUDENT = UVIT | {"checkpoint": "cifar10_uvit_student_8_early_exit", "sampler": "ddim", "steps": 8, "fixed": True}
 UVIT_SAMPLERS = [("dpm_solver_pp", 8), ("dpm_solver_pp", 20), ("dpm_solver", 50)]
 
 
@@ -52,5 +54,6 @@ def get_grid() -> list[dict]:
     cells += [student | method for student in UVIT_STUDENTS for method in ON_STUDENTS
               if "clockwork" not in method["label"]]
     cells += BESIDE_STUDENTS
+    cells += [EXIT_STUDENT, EXIT_STUDENT | EARLY_EXIT | SCHEDULE]
     cells += [uvit | {"sampler": sampler, "steps": steps} for sampler, steps in UVIT_SAMPLERS for uvit in ON_UVIT]
     return sorted(cells, key=lambda cell: cell["steps"])
