@@ -1,11 +1,10 @@
 """The README's example of a model of one's own that reads captions, as it stands there, with a small text encoder."""
 
-import importlib
 import json
 
 import pytest
 import torch
-from readme_examples import code_and_commands
+from readme_examples import code_and_commands, run_commands
 from tiny_texts import TOKENS, write_text_encoders
 
 from libs.data.images import save_png
@@ -39,13 +38,7 @@ def commands(tmp_path, monkeypatch):
 
 
 def test_the_example_trains_distils_samples_and_is_scored(commands, tmp_path, run_main):
-    names = []
-    for words in commands:
-        name = words[1].removesuffix(".py")
-        ran = run_main(importlib.import_module(name).main, *words[2:], *FEW[name], "--config.compute.device=cpu")
-        assert ran.status == 0, ran.stderr
-        names.append(name)
-    assert names == ["train", "distillate", "sample", "eval"]
+    assert run_commands(commands, FEW, run_main) == ["train", "distillate", "sample", "eval"]
     summary = json.loads((tmp_path / "outputs/captioned/summary.json").read_text())
     assert (summary["nfe"], summary["cfg_scale"], summary["prompts"]) == (4, 1.0, "a red bird")
     result = json.loads((tmp_path / "outputs/captioned.json").read_text())

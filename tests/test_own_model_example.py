@@ -1,10 +1,9 @@
 """The README's example of a model and a data set of one's own, as it stands there."""
 
-import importlib
 import json
 
 import pytest
-from readme_examples import code_and_commands
+from readme_examples import code_and_commands, run_commands
 
 FEW = {  # what makes minutes seconds
     "train": ["--config.train.steps=4", "--config.train.batch_size=8", "--config.train.preview_every=0"],
@@ -23,13 +22,7 @@ def commands(tmp_path, monkeypatch):
 
 
 def test_the_example_trains_distils_and_samples(commands, tmp_path, run_main):
-    names = []
-    for words in commands:
-        name = words[1].removesuffix(".py")
-        ran = run_main(importlib.import_module(name).main, *words[2:], *FEW[name], "--config.compute.device=cpu")
-        assert ran.status == 0, ran.stderr
-        names.append(name)
-    assert names == ["train", "distillate", "sample"]
+    assert run_commands(commands, FEW, run_main) == ["train", "distillate", "sample"]
     assert [each["finished"] for each in json.loads((tmp_path / "runs/own_students/stages.json").read_text())["stages"]
             ] == [True, True]
     summary = json.loads((tmp_path / "outputs/own/summary.json").read_text())

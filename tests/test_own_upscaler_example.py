@@ -1,12 +1,11 @@
 """The README's example of a super-resolution model of one's own, as it stands there."""
 
-import importlib
 import json
 
 import pytest
 import torch
 from PIL import Image
-from readme_examples import code_and_commands
+from readme_examples import code_and_commands, run_commands
 
 from libs.data.images import save_png
 
@@ -29,13 +28,7 @@ def commands(tmp_path, monkeypatch):
 
 
 def test_the_example_trains_samples_and_is_scored(commands, tmp_path, run_main):
-    names = []
-    for words in commands:
-        name = words[1].removesuffix(".py")
-        ran = run_main(importlib.import_module(name).main, *words[2:], *FEW[name], "--config.compute.device=cpu")
-        assert ran.status == 0, ran.stderr
-        names.append(name)
-    assert names == ["train", "sample", "eval"]
+    assert run_commands(commands, FEW, run_main) == ["train", "sample", "eval"]
     summary = json.loads((tmp_path / "outputs/upscaler/summary.json").read_text())
     assert (summary["images"], summary["cfg_scale"]) == (16, 1.5)
     assert Image.open(tmp_path / "outputs/upscaler/grid.png").size == (2 + 4 * (3 * 32 + 2), 2 + 4 * (32 + 2))
