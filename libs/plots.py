@@ -12,7 +12,7 @@ from .errors import UserError
 from .files import atomic_path
 from .tables import gmacs, is_plain, settings_text
 
-MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*X<>ph8d"
 TICKS = (1, 1.5, 2, 3, 4, 5, 7)  # within each power of ten
 SOURCE = "Source"  # field of the PNG's text that holds the digest of what was drawn
 AXES = {"gmacs": "GMACs an image", "seconds": "seconds an image"}
