@@ -109,7 +109,7 @@ def test_wrong_architecture(saved, tmp_path):
 def test_resolve(saved, tmp_path):
     assert resolve(str(saved)) == saved
     assert resolve("cifar10_uvit_tiny").name == "cifar10_uvit_tiny.safetensors"
-    with pytest.raises(UserError, match=r"checkpoint='nothing' is not there; .* cifar10_unet_v, cifar10_uvit_tiny"):
+    with pytest.raises(UserError, match=r"checkpoint='nothing' is not there; .* cifar10_unet_v, .* cifar10_uvit_tiny"):
         resolve("nothing")
     with pytest.raises(UserError, match="checkpoint is empty"):
         resolve("")
