@@ -1,6 +1,7 @@
 """Text encoders: CLIP's, as U-ViT's text-to-image models are conditioned on it, T5's, and CLIP's one vector a text."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ CHUNK = 16  # texts in one call of the network, always: its last bits depend on 
 HELD = 256  # texts whose embeddings stay in the device's memory, 60 MB of CLIP ViT-L/14's
 
 
-class FrozenEncoder:
+class FrozenEncoder(ABC):
     """`encoder(texts)` -> (n, ...) float32, of each text cut off or padded to `tokens` tokens.
 
     pretrained   a folder or hub id of the model with its tokenizer
@@ -69,9 +70,9 @@ class FrozenEncoder:
                 parts.append(self._embed(held["input_ids"], held["attention_mask"])[:len(part)])
         return torch.cat(parts)
 
+    @abstractmethod
     def _embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(CHUNK, ...) of ids and mask (CHUNK, tokens); the mask is 0 at padding."""
-        raise NotImplementedError
 
     def _width(self, config: Any) -> int:
         return config.hidden_size
