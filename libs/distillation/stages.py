@@ -22,11 +22,17 @@ from ..checkpoint import STAGES
 from ..errors import UserError
 from ..files import atomic_path
 from ..processes import Processes
-from ..training import Run, Trainer, choose_precision, diffusion_loss, load_training_data, validate
+from ..training import Run, Trainer, choose_precision, load_training_data, validate
 from ..training.setup import without_heads
 from ..training.state import Checkpoints
 from .stage_report import StageReport
-from .student import make_guidance, prepare_halving, refuse_other_schedule, student_prediction
+from .student import (
+    make_guidance,
+    prepare_conversion,
+    prepare_halving,
+    refuse_other_schedule,
+    student_prediction,
+)
 
 CONVERT = "convert"  # folder of stage 0
 LONGER_FROM, LONGER = 2, 2  # students of so few steps learn twice as long, as in the paper
@@ -178,8 +184,8 @@ class Stages:
             if stage.steps:
                 net, description, objective = prepare_halving(config, *teacher, self.precision, self.processes.device)
             else:
-                net, description, objective = copy.deepcopy(teacher[0]), copy.deepcopy(teacher[1]), diffusion_loss
-                description["denoiser"]["prediction"] = student_prediction(config.distill, teacher[1])
+                net, description, objective = prepare_conversion(config, *teacher, self.precision,
+                                                                 self.processes.device)
             self.data = self.data or load_training_data(config.data, description, self.processes.device)
             logging.info("%s: %d updates at learning rate %g, teacher %s", stage.name, stage.updates, stage.lr, source)
             trainer = Trainer(config, run, net, description, objective, self.precision)

@@ -10,8 +10,10 @@ from torch import nn
 
 from ..backbones.guidance import add_guidance_input
 from ..build import DTYPES, MODEL_SECTIONS, adopt_sampler, make_denoiser, prepare_backbone
+from ..denoiser import Denoiser
 from ..errors import UserError, choose
 from ..schedule import make_schedule
+from .conversion import Conversion
 from .progressive import Guidance, Halving, student_sampler
 
 
@@ -101,6 +103,22 @@ def hold(net: nn.Module, precision: str) -> nn.Module:
     return net
 
 
+def prepare_conversion(config: ConfigDict, model: nn.Module, held: Mapping[str, Any], precision: str,
+                       device: torch.device) -> tuple[nn.Module, dict[str, Any], Conversion]:
+    """Of stage 0, likewise: (the network at its start, what its checkpoints will say, what it learns)."""
+    description = copy.deepcopy(held)
+    description["denoiser"]["prediction"] = student_prediction(config.distill, held)
+    before = frozen_denoiser(config, model, held, precision, device)
+    return copy.deepcopy(model).requires_grad_(True), description, Conversion(before, config.distill.convert_trust)
+
+
+def frozen_denoiser(config: ConfigDict, model: nn.Module, description: Mapping[str, Any], precision: str,
+                    device: torch.device) -> Denoiser:
+    """A copy of the model that only teaches."""
+    frozen = hold(copy.deepcopy(model).requires_grad_(False).eval(), precision)
+    return make_denoiser(prepare_backbone(frozen, config.compute, device), description, precision, device)
+
+
 def prepare_halving(config: ConfigDict, teacher: nn.Module, held: Mapping[str, Any], precision: str,
                     device: torch.device) -> tuple[nn.Module, dict[str, Any], Halving]:
     """(student at its start, what its checkpoints will say, what it learns).
@@ -125,10 +143,8 @@ def prepare_halving(config: ConfigDict, teacher: nn.Module, held: Mapping[str, A
             if guidance.null_label is not None:
                 student = add_guidance_input(student)
                 description["backbone"] = dict(description["backbone"]) | {"guidance_embed": True}
-    frozen = hold(copy.deepcopy(teacher).requires_grad_(False).eval(), precision)
-    frozen = prepare_backbone(frozen, config.compute, device)
-    halving = Halving(make_denoiser(frozen, taught, precision, device), section.steps, section.weighting, section.gamma,
-                      section.target, section.clip_teacher, guidance)
+    halving = Halving(frozen_denoiser(config, teacher, taught, precision, device), section.steps, section.weighting,
+                      section.gamma, section.target, section.clip_teacher, guidance)
     description["sampler"] = student_sampler(section.steps, make_schedule(**description["schedule"]), section.sampler)
     if scale:  # an unguided student samples at scale 1
         as_input = "guidance" in description["cond"]
