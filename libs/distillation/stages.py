@@ -4,7 +4,6 @@ WORKDIR gets a training folder a stage (convert, steps_0512, steps_0256, ...), e
 stages.json: what each stage is, how far it is, and what its student scored.
 """
 
-import copy
 import gc
 import json
 from collections.abc import Collection, Mapping, Sequence
