@@ -16,27 +16,29 @@ from ..training.batches import Batch
 from ..training.objective import training_times
 
 
-def amplification(have: str, want: str, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """By what the error of a prediction is multiplied when it is converted: |d want / d have|, shaped as alpha.
+def amplification(prediction: str, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """By what a prediction's error is multiplied when v is made of it: |d v / d output|, shaped as alpha.
 
-    have, want: names of `TARGETS`, without "both". Every conversion is affine in the network's output, so this is its
-    value for the output 1 at x_t = 0. From eps to v it is 1 / alpha where alpha^2 + sigma^2 = 1.
+    prediction: a name of `TARGETS`, but not "both". v is affine in the output, so this is its value for the output 1 at
+    x_t = 0. Of eps it is 1 / alpha where alpha^2 + sigma^2 = 1.
 
     >>> alpha = torch.tensor([0.8, 0.1])
-    >>> amplification("eps", "v", alpha, (1 - alpha**2).sqrt())
+    >>> amplification("eps", alpha, (1 - alpha**2).sqrt())
     tensor([ 1.2500, 10.0000])
     """
-    x_0, eps = PREDICTIONS[have](torch.zeros_like(alpha), torch.ones_like(alpha), alpha, sigma)
-    return TARGETS[want](x_0, eps, alpha, sigma).abs()
+    x_0, eps = PREDICTIONS[prediction](torch.zeros_like(alpha), torch.ones_like(alpha), alpha, sigma)
+    return TARGETS["v"](x_0, eps, alpha, sigma).abs()
 
 
 @dataclass(frozen=True)
 class Conversion:
     """The objective `conversion(student, batch) -> (b,)`: mean squared error of the student's own output.
 
+    From eps to eps_damped only high noise has much to learn.
+
     model   what is converted, as it was, in eval mode
-    trust   largest amplification at which its converted prediction is the target; beyond it the data and their noise
-            are, as in `diffusion_loss`. 0 is data at all times
+    trust   largest amplification at which its converted prediction is the target, v being what networks of all kinds
+            err alike in; beyond it the data and their noise are, as in `diffusion_loss`. 0 is data at all times
     """
 
     model: Denoiser
@@ -50,9 +52,8 @@ class Conversion:
         t, eps = training_times(student, batch), batch.noise()
         x_t, target = student.diffuse(batch.x_0, eps, t), student.target(batch.x_0, eps, t)
         schedule = student.schedule
-        trusted = amplification(self.model.prediction, student.prediction, schedule.alpha(t),
-                                schedule.sigma(t)) <= self.trust  # b
+        trusted = amplification(self.model.prediction, schedule.alpha(t), schedule.sigma(t)) <= self.trust  # b
         with torch.no_grad():
             told = student.target(*self.model(x_t, t, batch.cond), t)
         target = torch.where(rows(trusted, target) > 0, told, target)
-        return (student.output(x_t, t, batch.cond) - target).float().square().flatten(1).mean(dim=1)
+        return student.squared_error(x_t, t, target, batch.cond)
