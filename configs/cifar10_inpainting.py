@@ -2,9 +2,8 @@
 (1 in the hole) and the image with 0 in the hole. Holes are boxes, halves and strokes, one drawn for every image; known
 pixels are kept exactly.
 
-Train on from `cifar10_unet_v`, whose weights for the new channels start at 0 (750 updates of 16 images, 13 minutes on a
-CPU core with bf16 instructions), make a folder of the images that training leaves out, fill holes in some of them, and
-measure:
+Train on from `cifar10_unet_v`, whose weights for the new channels start at 0 (a short training, for a CPU with bf16
+instructions), make a folder of the images that training leaves out, fill holes in some of them, and measure:
     python train.py --config=configs/cifar10_inpainting.py --checkpoint=cifar10_unet_v --config.compute.precision=bf16 --workdir=runs/inpainting
     python prepare_data.py held_out --config=configs/cifar10_inpainting.py --out=data/cifar10_held_out
     python sample.py --config=configs/cifar10_inpainting.py --checkpoint=runs/inpainting --images=data/cifar10_held_out --seeds=0-15 --out=outputs/inpainting

@@ -1,9 +1,9 @@
 """Super-resolution on CIFAR-10: 16 x 16 pixels to 32 x 32, by the released class-conditional UNet (20.1 M parameters),
 beside whose noisy image stands the small one, enlarged (1 / 2 as large by the mean of 2 x 2 pixels, then bicubic).
 
-Train on from `cifar10_unet_v`, whose weights for the small image's channels start at 0 (750 updates of 16 images, 13
-minutes on a CPU core with bf16 instructions), make a folder of the images that training leaves out, enlarge some of them
-(of which the small ones are made) and compare with bicubic:
+Train on from `cifar10_unet_v`, whose weights for the small image's channels start at 0 (a short training, for a CPU with
+bf16 instructions), make a folder of the images that training leaves out, enlarge some of them (of which the small ones
+are made) and compare with bicubic:
     python train.py --config=configs/cifar10_super_resolution.py --checkpoint=cifar10_unet_v --config.compute.precision=bf16 --workdir=runs/super_resolution
     python prepare_data.py held_out --config=configs/cifar10_super_resolution.py --out=data/cifar10_held_out
     python sample.py --config=configs/cifar10_super_resolution.py --checkpoint=runs/super_resolution --images=data/cifar10_held_out --seeds=0-15 --out=outputs/super_resolution
