@@ -180,6 +180,22 @@ def test_what_does_not_fit_gets_a_line(trained, tmp_path, run_main):
         assert text in line, line
 
 
+def test_a_network_with_classes_is_shown_labels(tmp_path, run_main):
+    """A UNet2D has a class for none, which it takes itself; a U-ViT has to be given it."""
+    section = SECTIONS["uvit"] | {"num_classes": 11}
+    description = {"backbone": section, "schedule": {"name": "squared_cosine", "steps": 64},
+                   "denoiser": {"prediction": "v", "time_input": "index"}, "codec": {"name": "pixel"},
+                   "cond": {"kind": "label", "num_classes": 10, "null_label": 10, "drop": 0.1}}
+    save_backbone(tmp_path / "labels.safetensors", build_backbone(section).state_dict(), description)
+    path = write_config(tmp_path / "config.py", section | {"concat_channels": 1}, OF_IMAGES.replace(
+        "super_resolution", "super_resolution,label") + ", num_classes=10, null_label=10")
+    command = [f"--config={path}", f"--checkpoint={tmp_path / 'labels.safetensors'}", f"--workdir={tmp_path / 'run'}"]
+    line = refused(run_main, train.main, *command, "--config.cond.task=super_resolution")
+    assert "it gives no labels, and this UViT has classes (backbone.num_classes=11); add label" in line
+    ran = run_main(train.main, *command, "--config.train.steps=1")
+    assert ran.status == 0, ran.stderr
+
+
 def test_held_out_images(tmp_path, run_main):
     """They are not learnt from, and are written as a folder."""
     path = write_config(tmp_path / "config.py", wide("unet2d"))
