@@ -2,6 +2,7 @@
 
     python prepare_data.py stats --config=configs/cifar10_uvit_tiny.py --out=assets/features/cifar10_train_stats.npz
     python prepare_data.py stats --images=DIR --features=inception --out=outputs/fid_stats.npz
+    python prepare_data.py held_out --config=configs/cifar10_super_resolution.py --out=data/cifar10_held_out
     python prepare_data.py lmdb --size=256 --out=data/celeba_256 DIR
     python prepare_data.py latents --config=configs/imagenet256_uvit_large.py --images=data/imagenet/train \
         --out=data/imagenet256_features
@@ -22,9 +23,10 @@ from absl import flags as absl_flags
 
 from libs import cli
 from libs.codecs import KLCodec, make_codec
-from libs.data import load_data
+from libs.data import hold_out, load_section
 from libs.data.feature_data import PARTS
 from libs.data.image_files import list_images, open_files
+from libs.data.images import save_png
 from libs.data.lmdb_images import RESAMPLE, pack_images
 from libs.data.make_features import write_empty, write_latents, write_prompts, write_texts
 from libs.data.make_shards import write_shards
@@ -71,7 +73,7 @@ def stats(config, flags) -> None:
                         "another data.name")
     cli.output_dir(Path(flags.out).parent)
     if flags.images is None:
-        source = load_data(**{name: value for name, value in config.data.items() if name != "flip"})
+        source = load_section(config.data)
     else:
         source = flags.images
         list_images(source, "--images")
@@ -82,6 +84,26 @@ def stats(config, flags) -> None:
     statistics = reference_statistics(source, extractor, flags.batch_size, field="--images")
     statistics.save(flags.out, np.float32)  # changes a distance by less than 1e-6, at half the size
     print(f"{flags.out}: mu and sigma of {statistics.n:,} images, {statistics.dim} features of {statistics.features}")
+
+
+def define_held_out_flags(fv) -> None:
+    absl_flags.DEFINE_string("out", None, "folder of the images", flag_values=fv)
+    absl_flags.mark_flag_as_required("out", fv)
+
+
+def held_out(config, flags) -> None:
+    """Write the images that training leaves out, every data.hold_out-th of the config's data set, as a folder.
+
+    They are numbered by their places in the data set, and are what eval.py and sample.py take as --images.
+    """
+    section = _model_section(config, flags, "data")
+    if not section.hold_out:
+        raise UserError("--config.data.hold_out=0: training leaves out no image; choose every so-many-th, such as 100")
+    images = hold_out(load_section(section), section.hold_out)[1].images
+    folder = cli.output_dir(flags.out)
+    for i, image in enumerate(images):
+        save_png(folder / f"{(i + 1) * section.hold_out - 1:06d}.png", image)
+    print(f"{folder}: {len(images):,} images")
 
 
 def define_lmdb_flags(fv) -> None:
@@ -256,6 +278,7 @@ def _model_section(config, flags, name: str):
 
 
 COMMANDS = {"stats": cli.Command(stats, define_stats_flags, "optional"),
+            "held_out": cli.Command(held_out, define_held_out_flags, "required"),
             "lmdb": cli.Command(pack_lmdb, define_lmdb_flags, positional="images"),
             "latents": cli.Command(latents, define_latents_flags, "required"),
             "text": cli.Command(text, define_text_flags, "required"),

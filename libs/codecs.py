@@ -1,5 +1,6 @@
 """Between uint8 images and the space in which the diffusion runs; the training loop never asks which."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -127,7 +128,19 @@ CODECS = {"pixel": PixelCodec, "kl": KLCodec}
 
 
 def make_codec(section: Mapping, device: torch.device | str = "cpu") -> Codec:
-    """Codec of a config section: `name` chooses the class, the other fields are its arguments."""
+    """Codec of a config section: `name` chooses the class, the other fields are its arguments.
+
+    Raises UserError for a field that the codec does not take, and for one that it lacks.
+    """
     options = dict(section)
-    cls = choose("codec.name", options.pop("name"), CODECS)
+    name = options.pop("name")
+    cls = choose("codec.name", name, CODECS)
+    takes = {each.name: each for each in inspect.signature(cls).parameters.values() if each.name != "device"}
+    for field in options:
+        if field not in takes:
+            raise UserError(f"codec.name={name!r}: it takes no codec.{field}, which this config gives; its fields are "
+                            f"{', '.join(takes)}")
+    for field, each in takes.items():
+        if field not in options and each.default is each.empty:
+            raise UserError(f"codec.name={name!r}: codec.{field} is missing, which this config does not give")
     return cls(**options, device=device) if cls is KLCodec else cls(**options)

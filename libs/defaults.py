@@ -43,6 +43,7 @@ def base_config() -> ConfigDict:
             "labels": "none",  # of an image folder: none, or folders
             "download": False,
             "flip": True,  # horizontal flips in training
+            "hold_out": 0,  # every so-many-th image is not learnt from, see prepare_data.py held_out; 0 is none
             # Of webdataset (path: addresses of shards, see libs/data/shard_urls.py) and captioned_folder:
             "keys": "",  # extensions that each sample has to have, as in "json edge.png"
             "caption_key": "caption",  # field of a sample's json; a txt needs none
@@ -109,3 +110,12 @@ def uvit_backbone(img_size: int, patch_size: int, embed_dim: int, depth: int, nu
     return {"name": "uvit", "img_size": img_size, "patch_size": patch_size, "in_chans": 3,
             "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": 4.0,
             "qkv_bias": False, "mlp_time_embed": False, "num_classes": -1, "conv": True, "skip": True} | options
+
+
+def cifar10_unet_backbone(**options) -> dict:
+    """The `backbone` section of the released CIFAR-10 UNets; options replace it and add to it."""
+    return {"name": "unet2d", "sample_size": 32, "in_channels": 3, "out_channels": 3,
+            "block_out_channels": (96, 192, 192, 192), "layers_per_block": 2,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            "num_class_embeds": 11, "norm_num_groups": 32, "attention_head_dim": 64} | options

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .benchmark import synchronize
-from .data import ImageData, load_data
+from .data import ImageData, load_section
 from .data.folder import folder_batches, list_images
 from .errors import UserError, choose
 from .generate import Chain
@@ -304,12 +304,11 @@ def reference(request: Request, features: str | None = None, images: bool = Fals
     data = dict(request.data)
     if (features, data["name"]) in SHIPPED:
         return data["name"], f"{data['name']}, shipped"
-    data.pop("flip")  # concerns training
     if data["name"] == "features":
         raise UserError(f"eval.reference={named!r} gives no {'images' if images else 'statistics'}, and data.name="
                         "'features' holds latents; name an npz of statistics or an image folder")
     try:
-        return load_data(**data), data["name"]
+        return load_section(data), data["name"]
     except UserError as error:
         wanted = "images" if images else "statistics"
         raise UserError(f"eval.reference={named!r} gives no {wanted}, and the data set cannot be read "

@@ -40,7 +40,13 @@ def result_row(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def metric_columns(result: Mapping[str, Any]) -> dict[str, str]:
-    return {name: f"{metric['value']:.3f} ({metric['samples']:,} images)" for name, metric in result["metrics"].items()}
+    """Every metric with its sample count; beside PSNR that of a plain answer to the task, such as bicubic, if any."""
+    columns = {}
+    for name, metric in result["metrics"].items():
+        columns[name] = f"{metric['value']:.3f} ({metric['samples']:,} images)"
+        columns |= {f"{name}, {plain}": f"{value:.3f}" for plain, value in metric.items()
+                    if name == "psnr" and plain not in ("value", "samples", "pixels")}
+    return columns
 
 
 def results_table(paths: Iterable[str | Path]) -> str:

@@ -48,6 +48,16 @@ def test_make_codec_by_name():
         make_codec({"name": "pixels"})
 
 
+def test_fields_of_another_codec():
+    kl = {"pretrained": "nowhere", "scale_factor": 1.0}
+    with pytest.raises(UserError, match=r"^codec.name='pixel': it takes no codec.pretrained, .* its fields are order$"):
+        make_codec({"name": "pixel", **kl})
+    with pytest.raises(UserError, match=r"^codec.name='kl': it takes no codec.order, .*pretrained, scale_factor, "):
+        make_codec({"name": "kl", **kl, "order": "bgr"})
+    with pytest.raises(UserError, match=r"^codec.name='kl': codec.pretrained is missing"):
+        make_codec({"name": "kl"})
+
+
 def test_bgr_is_the_order_of_the_model_alone():
     images = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8)
     codec = make_codec({"name": "pixel", "order": "bgr"})

@@ -186,7 +186,7 @@ def test_other_processes_read_no_reference():
 
 def test_data_sets_in_memory_are_spread_over(monkeypatch):
     real = noise(40, seed=3)
-    monkeypatch.setattr("libs.evaluation.load_data", lambda **section: ImageData(real))
+    monkeypatch.setattr("libs.evaluation.load_section", lambda section: ImageData(real))
     metrics = Metrics(request("precision_recall", samples=10))
     chosen = real[[round(i * 39 / 9) for i in range(10)]]
     torch.testing.assert_close(metrics.metrics[0].real, make_extractor("cifar10_resnet")(chosen))

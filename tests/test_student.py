@@ -118,11 +118,17 @@ def test_diffusers_loads_the_same_student(built, student):
     assert theirs.scheduler.timesteps.tolist() == MODES
 
 
-def test_peft_loads_the_same_student(built, student):
+@pytest.mark.parametrize("tool", ["peft", "diffusers"])
+def test_others_load_the_same_student_of_stable_diffusion_3(built, student, tool):
     folder, _ = student("sd3", alpha=2)
     ours, theirs = built("sd3"), built("sd3")
+    before = draw(theirs, num_inference_steps=4, guidance_scale=0)
     load_student(ours, folder)
-    theirs.transformer = PeftModel.from_pretrained(theirs.transformer, folder)
+    if tool == "peft":
+        theirs.transformer = PeftModel.from_pretrained(theirs.transformer, folder)
+    else:
+        theirs.load_lora_weights(folder)
+        assert not torch.allclose(draw(theirs, num_inference_steps=4, guidance_scale=0), before, atol=1e-3)
     theirs.scheduler = ours.scheduler
     theirs.__class__ = type(ours)  # hands the generator on
     assert torch.allclose(draw(ours), draw(theirs, num_inference_steps=4, guidance_scale=0), atol=1e-5)

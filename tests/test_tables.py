@@ -21,6 +21,14 @@ def test_the_sample_count_stands_beside_every_number():
     assert (row["fid"], row["recall"]) == ("3.100 (50,000 images)", "0.500 (4,000 images)")
 
 
+def test_psnr_stands_beside_that_of_a_plain_answer():
+    row = result_row(RESULT | {"metrics": {
+        "psnr": {"value": 27.1234, "bicubic": 26.5, "samples": 500, "pixels": "all"}}})
+    assert (row["psnr"], row["psnr, bicubic"]) == ("27.123 (500 images)", "26.500")
+    hole = result_row(RESULT | {"metrics": {"psnr": {"value": 18.0, "samples": 5, "pixels": "hole"}}})
+    assert [name for name in hole if name.startswith("psnr")] == ["psnr"]
+
+
 def test_cost_cells():
     row = result_row(RESULT)
     assert (row["NFE"], row["GMACs"], row["attention"]) == ("50", "163.5", "13.4%")

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from .concat import join_concat
+from .concat import join_concat, widened
 from .uvit import GuidanceEmbedding
 
 
@@ -68,6 +68,14 @@ class UNet2D(UNet2DModel):
         embedding = GuidanceEmbedding(self.time_embedding.linear_1.in_features, width, width)
         self.guidance_embedding = embedding.to(self.conv_in.weight.device, self.conv_in.weight.dtype)
         self.register_to_config(guidance_embed=True)
+
+    def add_concat_channels(self, channels: int) -> None:
+        """From now on so many more channels, a condition beside x, are an input, which changes nothing before it is
+        trained.
+        """
+        self.conv_in = widened(self.conv_in, channels)
+        self.concat_channels += channels
+        self.register_to_config(in_channels=self.conv_in.in_channels, concat_channels=self.concat_channels)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None,
                 guidance: Tensor | None = None, concat: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..heads import UEMHeads
 from .attention import choose_attention, sdpa_attention
-from .concat import join_concat
+from .concat import join_concat, widened
 from .recompute import checkpoint
 
 TOGETHER = 4  # layers whose heads run in one batch
@@ -206,6 +206,13 @@ class UViT(nn.Module):
         """From now on the guidance scale is an input, which changes nothing before it is trained."""
         d = self.embed_dim
         self.guidance_embedding = GuidanceEmbedding(d, 4 * d, d).to(self.pos_embed.device, self.pos_embed.dtype)
+
+    def add_concat_channels(self, channels: int) -> None:
+        """From now on so many more channels, a condition beside x, are an input, which changes nothing before it is
+        trained.
+        """
+        self.patch_embed.proj = widened(self.patch_embed.proj, channels)
+        self.concat_channels += channels
 
     def add_uem_heads(self, form: str = "released") -> None:
         """From now on every layer has an uncertainty head (`heads.UEMHeads`), which changes nothing of the output."""

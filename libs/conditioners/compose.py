@@ -143,6 +143,9 @@ class Conditioners:
                             "(backbone.concat_channels)")
         if concat is not None and concat.shape[2:] != size:
             raise UserError(f"{self.field}: it gives {_by(concat.shape[2:])} pixels beside x, which has {_by(size)}")
+        if getattr(net, "num_classes", -1) > 0 and "y" not in cond:
+            raise UserError(f"{self.field}: it gives no labels, and this {type(net).__name__} has classes "
+                            f"(backbone.num_classes={net.num_classes}); add label, as in super_resolution,label")
         for name, said in (("context", "context_shape"), ("vector", "vector_size")):
             if hasattr(net, said):
                 self._check_size(name, cond.get(name), getattr(net, said), net)

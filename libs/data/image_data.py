@@ -8,6 +8,8 @@ import torch
 from absl import logging
 from torch import Tensor
 
+from ..errors import UserError
+
 # Share of the device's free memory that a data set may take; the rest is for the model and its activations.
 DEVICE_SHARE = 0.4
 
@@ -63,6 +65,11 @@ class ImageData:
         labels = None if self.labels is None else self.labels.to(device)
         return ImageData(images, labels, self.class_names, device)
 
+    def select(self, rows: Tensor) -> ImageData:
+        """The images of `rows`, indices or a mask, and their labels."""
+        labels = None if self.labels is None else self.labels[rows.to(self.labels.device)]
+        return ImageData(self.images[rows.to(self.images.device)], labels, self.class_names, self.device)
+
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images uint8 (b, h, w, c) and labels int64 (b,) or None, on the compute device.
 
@@ -75,6 +82,23 @@ class ImageData:
         if self.images.device == self.device:
             return self.images[indices.to(self.device, non_blocking=True)], labels
         return host_rows(self.images, indices.cpu(), self.device).to(self.device, non_blocking=True), labels
+
+
+def hold_out(data: ImageData, every: int, field: str = "data.hold_out") -> tuple[ImageData, ImageData]:
+    """(the images to learn from, every `every`-th image, which is not among them).
+
+    >>> images = torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1)
+    >>> [each.images.flatten().tolist() for each in hold_out(ImageData(images), 3)]
+    [[0, 1, 3, 4, 6], [2, 5]]
+    """
+    if not isinstance(data, ImageData):
+        raise UserError(f"{field}={every}: a data set of latents, or with captions, is learnt from whole; choose 0")
+    if every < 2:
+        raise UserError(f"{field}={every} must be at least 2: every second image")
+    held = torch.arange(len(data)) % every == every - 1
+    if not held.any():
+        raise UserError(f"{field}={every}: the data set has only {len(data)} images")
+    return data.select(~held), data.select(held)
 
 
 def fits_on(array: Tensor, device: torch.device) -> bool:

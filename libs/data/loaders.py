@@ -2,6 +2,7 @@
 
 import dataclasses
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from ..factory import load_function
 from ..files import reason
 from .feature_data import FeatureData, read_features
 from .folder import MODES
-from .image_data import ImageData
+from .image_data import ImageData, hold_out
 from .image_files import Folder
 from .lmdb_images import read_lmdb
 from .pictures import Pictures
@@ -99,6 +100,17 @@ def load_data(
     data = reader(DataRequest(str(path), image_size, channels, split, labels, download, cache, workers, factory,
                               keys, caption_key, score_key, min_score, maps, shard_cache, shard_cache_gb))
     return data.read(image_size, channels, workers, cache) if isinstance(data, Pictures) else data
+
+
+def load_section(section: Mapping) -> ImageData | FeatureData | ShardData:
+    """`load_data` of a config's `data` section, all of it: the section's `flip` and `hold_out` concern training."""
+    return load_data(**{name: value for name, value in section.items() if name not in ("flip", "hold_out")})
+
+
+def load_learned(section: Mapping) -> ImageData | FeatureData | ShardData:
+    """What training learns from: a config's `data` section without every `hold_out`-th image."""
+    data, every = load_section(section), section["hold_out"]
+    return hold_out(data, every)[0] if every else data
 
 
 def read_digits(request: DataRequest) -> ImageData:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from ..build import DTYPES, make_denoiser, make_times
-from ..data import load_data
+from ..data import load_learned
 from ..data.canny import canny
 from ..data.shards import ShardData
 from ..errors import UserError, choose
@@ -137,7 +137,7 @@ def distil_pipeline(config: ConfigDict, stages: list[Stage], run: Run, began: fl
                                 processes.device, dtype or torch.float32)
     config = config.copy_and_resolve_references()  # the run knows what the command said, and goes on with that
     config.data.image_size = model.image_size
-    data = load_data(**{name: value for name, value in config.data.items() if name != "flip"}).to(processes.device)
+    data = load_learned(config.data).to(processes.device)
     if encoders != "auto":
         model.encoders_to(encoders)
     setup = FlashSetup(config, stages, model.net, model.description, section.path, model.codec, model.null, precision,

@@ -36,6 +36,7 @@ ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json
 CARD = "student.json"
 NETWORKS = {"UNet2DConditionModel": "unet", "PixArtTransformer2DModel": "transformer",
             "SD3Transformer2DModel": "transformer"}  # served, by class: its name in the pipeline
+LORA_LOADERS = ("UNet2DConditionModel", "SD3Transformer2DModel")  # whose pipelines have `load_lora_weights`
 MODES = (1.0, 0.75, 0.5, 0.25)  # t at which a student was trained whose files do not say it (2406.02347, section 4.2)
 PREFIXES = ("base_model.model.", "unet.", "transformer.")
 OLD_NAMES = (("processor.", ""), ("_lora.", ".lora."), (".to_out.lora.", ".to_out.0.lora."),
@@ -43,9 +44,10 @@ OLD_NAMES = (("processor.", ""), ("_lora.", ".lora."), (".to_out.lora.", ".to_ou
 
 
 def save_student(folder: str | Path, net: nn.Module, timesteps: Sequence[float], base: str = "", **told: Any) -> None:
-    """Write the LoRA of `net` so that `pipe.load_lora_weights(folder)` loads it into a pipeline with a UNet, and
-    `PeftModel.from_pretrained(network, folder)` into any other network; and `load_student` into either. A pipeline's
-    network without a LoRA is a student as a whole: FOLDER/unet or FOLDER/transformer, as diffusers loads it.
+    """Write the LoRA of `net` so that `pipe.load_lora_weights(folder)` loads it into a pipeline with a UNet or Stable
+    Diffusion 3's, `PeftModel.from_pretrained(network, folder)` into any network but a UNet, and `load_student` into
+    all. A pipeline's network without a LoRA is a student as a whole: FOLDER/unet or FOLDER/transformer, as diffusers
+    loads it.
 
     net         what wraps the network of a pipeline, or of our own, leaves no trace
     timesteps   those that the student was trained at, falling, in the unit of diffusers' schedulers (0 to 999; for
@@ -65,12 +67,12 @@ def save_student(folder: str | Path, net: nn.Module, timesteps: Sequence[float],
     inside = f"{prefix}." if prefix else ""
     held = {name.removeprefix(inside): each.cpu().contiguous() for name, each in lora_state(net).items()}
     targets = sorted(config.target_modules)
-    if family == "UNet2DConditionModel":
+    if family in LORA_LOADERS:
         # The file has no place for alpha, and readers take the rank for it.
         strength = config.lora_alpha / config.r
-        _write(folder / LORA_FILE, {f"unet.{name}": strength * each if ".lora_B." in name else each
+        _write(folder / LORA_FILE, {f"{NETWORKS[family]}.{name}": strength * each if ".lora_B." in name else each
                                     for name, each in held.items()})
-    else:
+    if family != "UNet2DConditionModel":
         _write(folder / ADAPTER_FILE, {f"base_model.model.{name}": each for name, each in held.items()})
         _write(folder / ADAPTER_CONFIG, {
             "peft_type": "LORA", "r": config.r, "lora_alpha": config.lora_alpha, "target_modules": targets,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..build import describe
 from ..checkpoint import load_weights, read, resolve
 from ..codecs import PixelCodec
-from ..data import ImageData
+from ..data import ImageData, hold_out
 from ..data.images import BACKGROUND, image_grid, save_png
 from ..denoiser import Denoiser
 from ..errors import UserError
@@ -115,11 +115,7 @@ class AutoencoderTrainer(Trainer):
 
     def train(self, data: ImageData, began: float) -> int:
         """As `Trainer.train`, on all but every `autoencoder.hold_out`-th image."""
-        every = self.config.autoencoder.hold_out
-        held = torch.arange(len(data), device=data.images.device) % every == every - 1
-        if not held.any():
-            raise UserError(f"--config.autoencoder.hold_out={every}: the data set has only {len(data)} images")
-        self.held_out, self.learned = (ImageData(data.images[part], device=data.device) for part in (held, ~held))
+        self.learned, self.held_out = hold_out(data, self.config.autoencoder.hold_out, "--config.autoencoder.hold_out")
         return super().train(self.learned, began)
 
     def _preview(self) -> None:

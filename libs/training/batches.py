@@ -14,7 +14,7 @@ from torch import Tensor
 from ..codecs import Codec, PixelCodec
 from ..conditioners import Conditioners, Draws, make_conditioners
 from ..contexts import KINDS, DataContexts, refuse_other_kind
-from ..data import ImageData, load_data
+from ..data import ImageData, load_learned
 from ..data.feature_data import FeatureData
 from ..data.order import DataOrder
 from ..data.shards import ShardData
@@ -148,18 +148,17 @@ def show_data(chain: Chain, description: Mapping, data: ImageData | FeatureData 
 
 def load_training_data(section: Mapping, description: Mapping,
                        device: torch.device) -> ImageData | FeatureData | ShardData:
-    """The data set of a config's `data` section, on the device where it fits.
+    """What a config's `data` section has to learn from, on the device where it fits.
 
     description: of the network that will see it. Raises UserError where images, labels or texts do not fit it.
     """
-    options = {name: value for name, value in section.items() if name != "flip"}
     image, cond = description["image"], description["cond"]
-    if (options["image_size"], options["channels"]) != (image["size"], image["channels"]):
-        raise UserError(f"data.image_size={options['image_size']}, data.channels={options['channels']}: this network "
+    if (section["image_size"], section["channels"]) != (image["size"], image["channels"]):
+        raise UserError(f"data.image_size={section['image_size']}, data.channels={section['channels']}: this network "
                         f"is for images of {image['size']}x{image['size']}x{image['channels']}")
     choose("cond.kind", cond["kind"], KINDS)
     refuse_other_kind(description)
-    data = load_data(**options).to(device)
+    data = load_learned(section).to(device)
     if isinstance(data, FeatureData):
         _check_features(data, section, description)
     elif cond["kind"] == "text":

@@ -10,6 +10,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
+from ..backbones.concat import add_concat_channels, without_concat
 from ..build import (
     DTYPES,
     MODEL_SECTIONS,
@@ -22,7 +23,7 @@ from ..build import (
     make_times,
     prepare_backbone,
 )
-from ..checkpoint import build_backbone, drop_heads
+from ..checkpoint import build_backbone, drop_heads, read, resolve
 from ..defaults import base_config
 from ..errors import UserError, choose
 from ..factory import refuse_other_size
@@ -89,14 +90,33 @@ def new_network(config: ConfigDict) -> tuple[nn.Module, dict[str, Any]]:
     return net, description
 
 
+def _start_model(config: ConfigDict, start: str) -> tuple[nn.Module, dict[str, Any]]:
+    """(backbone, description) of the weights that `start` names.
+
+    Where the config asks for a condition beside x and they take none, they get its channels, as zeros; then the
+    conditions are the config's, not theirs.
+    """
+    channels, path = config.backbone.get("concat_channels", 0), resolve(start)
+    held = {} if path.is_dir() or not channels else read(path)[1].get("backbone", {})
+    if not channels or held.get("concat_channels"):
+        return load_model(config, start)
+    net, description = load_model({**config, "backbone": without_concat(config.backbone)}, start)
+    if not getattr(net, "concat_channels", 0):  # a diffusers folder may hold them
+        add_concat_channels(net, channels)
+        logging.info("%s takes no condition beside x: %d channels are added, which start at 0", start, channels)
+    wide = {name: config.backbone[name] for name in ("in_channels", "concat_channels") if name in config.backbone}
+    return net, {**description, "backbone": {**description["backbone"], **wide}, "cond": describe(config)["cond"]}
+
+
 def start_network(config: ConfigDict, start: str | None,
                   overrides: Collection[str] = ()) -> tuple[nn.Module, dict[str, Any]]:
-    """(backbone, description): the weights that `start` names, or new ones.
+    """(backbone, description): the weights that `start` names, or new ones. A condition beside x may be new to the
+    weights.
 
     A student of few steps that goes on learning what it is stays one: its description keeps its sampler, which is
     written into the config, but for `overrides`.
     """
-    net, description = load_model(config, start) if start else new_network(config)
+    net, description = _start_model(config, start) if start else new_network(config)
     kept = (*MODEL_SECTIONS, "image")
     if learns_from(config) == "start":
         if not start:
