@@ -30,7 +30,7 @@ def get_config(methods: str = ""):
     config.sampler.update(name="dpm_solver_pp", order=2, steps=25, grid="logsnr", t_end=1 / 1024, threshold="static",
                           cfg_scale=2.0)
     config.train.update(
-        steps=5000, batch_size=16, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=200, decay_from=0.4,
+        steps=5000, batch_size=16, lr=7e-4, betas=(0.9, 0.99), weight_decay=0.01, warmup=200, decay_from=0.4,
         clip_norm=1.0, ema=0.998, log_every=50, save_every=500, preview_every=0,
     )
     config.eval.metrics = ()
