@@ -207,6 +207,13 @@ def students_table(paths: Iterable[str | Path]) -> str:
     return read_table(paths)
 
 
+def flash_ablation_table(paths: Iterable[str | Path]) -> str:
+    """The table of scripts/flash_ablation.sh (`libs.distillation.flash_ablation`)."""
+    from .distillation.flash_ablation import read_table  # stands above this module
+
+    return read_table(paths)
+
+
 def exit_speed_table(paths: Iterable[str | Path]) -> str:
     """The table of one speed benchmark of early exit (`libs.exits.speed`)."""
     from .exits.speed import table  # stands above this module
@@ -216,16 +223,18 @@ def exit_speed_table(paths: Iterable[str | Path]) -> str:
 
 
 TABLES = {"results": results_table, "students": students_table, "compare": compare_table, "safety": safety_table,
-          "speed": speed_table, "exit_speed": exit_speed_table}
+          "speed": speed_table, "exit_speed": exit_speed_table, "flash_ablation": flash_ablation_table}
 
 
 def fill_tables(text: str, root: Path) -> str:
     """`text` with the table below every line `<!-- KIND: PATTERN -->`, KIND one of `TABLES`, made anew from the files
-    under `root` that match PATTERN; rows of `results` are in the order of the files' names.
+    under `root` that match PATTERN; rows of `results` are in the order of the files' names. Where none match
+    there is no table.
     """
     def fill(match: re.Match) -> str:
-        table = TABLES[match["kind"]](sorted(root.glob(match["pattern"])))
-        return f"{match['marker']}\n{table}\n"
+        paths = sorted(root.glob(match["pattern"]))
+        table = f"{TABLES[match['kind']](paths)}\n" if paths else ""
+        return f"{match['marker']}\n{table}"
 
     marker = rf"(?P<marker><!-- (?P<kind>{'|'.join(TABLES)}): (?P<pattern>\S+) -->)\n(?:\|.*\n)*"
     return re.sub(marker, fill, text)

@@ -1,11 +1,12 @@
 """The commands that compare an update of a distillation with the network passes that it cannot do without."""
 
+import importlib
 import json
 
 import pytest
 import torch
 
-from libs.distillation import flash_speed, speed
+from libs.distillation import flash_sampling_speed, flash_speed, speed
 from libs.distillation.flash import draw_starts
 from libs.distillation.flash_stages import read_stages
 from libs.distillation.speed import random_batch
@@ -30,10 +31,65 @@ def test_flash_measures_and_counts_the_rows(fields, tmp_path, run_main):
     assert told["rollout_rows"] == 2 * int((4 - starts).sum()), "guided: two rows a call"
 
 
+def test_an_update_of_a_pipelines_network(tmp_path, run_main):
+    """Stable Diffusion 1.5's architecture, narrow: nothing is fetched."""
+    out = tmp_path / "speed.json"
+    ran = run_main(flash_speed.main, "--config=configs/sd15.py:flash", "--config.compute.device=cpu", "--width=tiny",
+                   "--latent=8", "--batch_size=2", "--repeats=1", "--config.distill.lora_rank=2",
+                   "--config.compute.precision=bf16", "--config.distill.teacher_steps=4",
+                   "--config.train.grad_checkpoint=true", f"--out={out}")
+    assert ran.status == 0, ran.stderr
+    told = json.loads(out.read_text())
+    assert (told["model"], told["x"], told["precision"]) == ("sd15, tiny width, random weights", [2, 4, 8, 8], "bf16")
+    assert 0 < told["learned_parameters"] < told["parameters"] / 10
+    assert told["peak_memory_mib"] > 4 * told["parameters"] / 2**20 / 2, "its weights in bf16, at least"
+    assert f"peak memory {told['peak_memory_mib']:,.0f} MiB" in ran.stdout
+
+
+def student_and_teacher(tmp_path, run_main):
+    train, distillate = (importlib.import_module(name) for name in ("train", "distillate"))
+    digits = "--config=configs/digits_uvit.py"
+    small = ("--config.compute.device=cpu", "--config.backbone.embed_dim=16", "--config.backbone.depth=2",
+             "--config.backbone.num_heads=2")
+    short = ("--config.train.steps=1", "--config.train.batch_size=4", "--config.train.preview_every=0")
+    for module, *words in ((train, digits, f"--workdir={tmp_path}/teacher"),
+                           (distillate, f"{digits}:flash", f"--checkpoint={tmp_path}/teacher",
+                            f"--workdir={tmp_path}/student", "--config.distill.lora_rank=2",
+                            "--config.distill.teacher_steps=4", "--config.distill.stage_updates=1,1,1,1")):
+        ran = run_main(module.main, *words, *small, *short)
+        assert ran.status == 0, ran.stderr
+    return digits, *small, f"--checkpoint={tmp_path}/student", f"--teacher={tmp_path}/teacher"
+
+
+def test_images_a_second_beside_guided_ddim(tmp_path, run_main):
+    """25 times the rows go through the network: two in each of 50 steps, to one in each of 4."""
+    command = student_and_teacher(tmp_path, run_main)
+    out = tmp_path / "speed.json"
+    ran = run_main(flash_sampling_speed.main, *command, "--rows=3", "--repeats=1", f"--out={out}")
+    assert ran.status == 0, ran.stderr
+    told = json.loads(out.read_text())
+    student, teacher = told["student"], told["teacher"]
+    assert (student["nfe"], student["cfg_scale"], teacher["nfe"], teacher["cfg_scale"]) == (4, 1.0, 50, 2.0)
+    macs = [each["gmacs_per_image"]["with_attention_products"] for each in (teacher, student)]
+    assert macs[0] == pytest.approx(25 * macs[1])
+    assert told["ratio"] == pytest.approx(teacher["seconds"] / student["seconds"])
+    assert student["images_per_second"] == pytest.approx(3 / student["seconds"])
+    assert f": {told['ratio']:.1f} x" in ran.stdout
+
+    for words, message in ((("--guidance=1",), "--guidance=1 is none"),
+                           (("--out=speed.txt",), "must end in .json")):
+        ran = run_main(flash_sampling_speed.main, *command, *words)
+        assert ran.status == 2
+        assert message in ran.stderr.splitlines()[-1]
+
+
 def test_other_configs_and_files_are_refused(run_main, tmp_path):
     for arguments, message in (
         (("--config=configs/digits_uvit.py",), "--config names no Flash Diffusion"),
         ((TINY[0], f"--out={tmp_path}/speed.txt"), "must end in .json"),
+        (("--config=configs/sdxl.py:flash",), "of pipelines only sd15 has a network with random weights"),
+        (("--config=configs/sd15.py:flash", "--latent=12"), "--latent=12 must be a multiple of 8"),
+        (("--config=configs/sd15.py:flash", "--checkpoint=a"), "belongs to a config without a pipeline"),
     ):
         ran = run_main(flash_speed.main, *arguments)
         assert ran.status == 2

@@ -4,6 +4,7 @@ import math
 import sys
 import types
 import urllib.error
+from functools import partial
 
 import pytest
 import torch
@@ -73,6 +74,24 @@ def test_lpips_sees_the_middle_decoded(monkeypatch):
     assert [tuple(x.shape) for x in seen] == [(2, 3, 64, 64)] * 2
     small = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(distance(small, 0 * small), small.abs().mean(dim=(1, 2, 3)))
+
+
+def test_the_package_lpips_itself_with_vgg_of_random_weights(monkeypatch):
+    """Its arguments, the shape of what it gives, and its gradient; where it is installed."""
+    LPIPS = pytest.importorskip("lpips").LPIPS
+    monkeypatch.setattr("lpips.LPIPS", partial(LPIPS, pnet_rand=True))  # its own file has the linear layers alone
+    torch.manual_seed(0)
+    distance = make_distance("lpips", torch.nn.Identity())
+    f, y = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
+    f.requires_grad_(True)
+    both = distance(f, y)
+    assert both.shape == (2,)
+    assert bool((both > 0).all())
+    torch.testing.assert_close(distance(f[1:], y[1:])[0], both[1], rtol=1e-4, atol=1e-6)
+    assert distance(y, y).tolist() == [0, 0]
+    both[0].backward()
+    assert bool(f.grad[0].any())
+    assert not f.grad[1].any(), "a row's distance is its own"
 
 
 def test_lpips_missing(monkeypatch):

@@ -16,6 +16,7 @@ from PIL import Image
 from small_shards import png
 
 from libs.seeds import parse_seeds
+from libs.tables import fill_tables
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 ENV_SH = SCRIPTS / "env.sh"
@@ -301,6 +302,8 @@ def test_flash_of_shards_that_are_there(run_script, tmp_path, coco):
     ("flash_sdxl.sh", [".", "nowhere"], {}, "nowhere/annotations/captions_val2017.json is not there; cocodataset.org"),
     ("cifar10_flash.sh", [], {"STUDENTS": "whole half"},
      "error: STUDENTS: 'half' is none; choose from whole, lora\n"),
+    ("flash_ablation.sh", [], {"ARMS": "modes both"},
+     "error: ARMS: 'both' is none; choose from distil, dmd, adversarial, uniform, modes\n"),
 ])
 def test_flash_refuses(run_script, name, argv, env, message):
     ran, calls = run_script(name, *argv, **env)
@@ -336,3 +339,47 @@ def test_cifar10_flash(run_script, run_main, tmp_path, given):
     assert {values(call, "--config")[0] for call in scored} == {"configs/cifar10_unet.py",
                                                                 "configs/cifar10_unet.py:dpm_solver_pp"}
     assert all(len(parse_seeds(values(call, "--seeds")[0])) == given.get("SAMPLES", 500) for call in scored)
+
+
+def test_flash_ablation(run_script, run_main, tmp_path):
+    """Every arm with the same updates, then two of them run on a small teacher up to the table."""
+    out, workdir, arms = tmp_path / "out", tmp_path / "run", ["distil", "dmd", "adversarial", "uniform", "modes"]
+    out.mkdir()
+    (out / "table.md").touch()
+    ran, calls = run_script("flash_ablation.sh", OUT=out, WORKDIR=workdir, SEEDS="3 5")
+    assert ran.returncode == 0, ran.stderr
+    assert heads(calls) == [*["distillate.py", "eval.py"] * 10, "libs.tables"]
+    trained = [call for call in calls if call[0] == "distillate.py"]
+    assert [values(call, "--workdir") for call in trained] == [[f"{workdir}/{arm}_{seed}"] for seed in "35"
+                                                               for arm in arms]
+    own = ("--config.distill.dmd_scale", "--config.distill.adversarial_scale", "--config.distill.start")
+    assert [[values(call, flag) for flag in own] for call in trained[:5]] == [
+        [["0"], ["0"], []], [[], ["0"], []], [["0"], [], []], [[], [], ["uniform"]], [[], [], []]]
+    same = {tuple(word for word in call if not word.startswith((*own, "--workdir", "--config.seed")))
+            for call in trained}
+    assert len(same) == 1
+    for call in calls[:2]:
+        run_call(run_main, call, "--help")
+
+    for i in range(10):
+        (tmp_path / f"images/{i}").mkdir(parents=True)
+        (tmp_path / f"images/{i}/0.png").write_bytes(png(20 * i, (32, 32)))
+    small = ("--config.compute.device=cpu", "--config.compute.rows=4", "--config.backbone.block_out_channels=32,32",
+             "--config.backbone.layers_per_block=1", "--config.backbone.attention_head_dim=32",
+             "--config.backbone.down_block_types=DownBlock2D,AttnDownBlock2D",
+             "--config.backbone.up_block_types=AttnUpBlock2D,UpBlock2D", "--config.data.name=folder",
+             f"--config.data.path={tmp_path}/images", "--config.data.labels=folders")
+    train = ("--config.train.batch_size=4", "--config.train.preview_every=0")
+    taught = run_main(importlib.import_module("train").main, "--config=configs/cifar10_unet.py", *small, *train,
+                      "--config.train.steps=1", "--config.train.eval_every=0", f"--workdir={tmp_path}/teacher")
+    assert taught.status == 0, taught.stderr
+    _, both = run_script("flash_ablation.sh", f"--checkpoint={tmp_path}/teacher", *train, OUT=out, WORKDIR=workdir,
+                         ARMS="distil modes", UPDATES="1,1,1,1", RANK=2, SAMPLES=4)
+    both = both[len(calls):]
+    for call in both[:-1]:
+        run_call(run_main, call, *small)
+    told = [json.loads((out / f"{arm}_{seed}.json").read_text()) for arm in ("distil", "modes") for seed in "01"]
+    assert all((each["nfe"], each["samples"], each["sampler"]["name"]) == (4, 4, "lcm") for each in told)
+    table = fill_tables((out / "table.md").read_text(), out).splitlines()
+    assert [line.split(" | ")[:4] for line in table[3:]] == [["| distillation", "pi_s", "4", "2"],
+                                                             ["| all three", "pi_s", "4", "2"]]

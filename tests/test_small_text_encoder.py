@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from small_shards import png, sample, write_tar
 
 from libs import small_text_encoder
 from libs.data import caption_files
@@ -37,6 +38,18 @@ def test_captions_in_the_order_of_the_images(pictures, tmp_path, run_main):
     assert read_captions(out, "train") == [("a.png", ["a cat", "it's a cat, 12"]), ("b.png", ["Emoji of a red heart"])]
     ids = [each["id"] for each in json.loads(out.read_text())["annotations"]]
     assert ids == [0, 1, 2]
+
+
+def test_captions_of_shards(tmp_path, run_main):
+    """Of the shards in turn; a sample without a caption is left out."""
+    one = write_tar(tmp_path / "0.tar", {"x": {"png": png(0), "txt": b"a cat\na small cat\n"}, "y": {"png": png(1)}})
+    two = write_tar(tmp_path / "1.tar", {"x": sample(2, score=6.0)})
+    out = tmp_path / "captions.json"
+    ran = run_main(caption_files.main, f"--shards={one};{two}", f"--out={out}")
+    assert ran.status == 0, ran.stderr
+    assert read_captions(out, "train") == [("x.png", ["a cat", "a small cat"]), ("x.png", ["picture 2"])]
+    assert "left out" in ran.stderr
+    assert "give one of them" in error_of(run_main(caption_files.main, f"--out={out}"))
 
 
 @pytest.mark.parametrize(("action", "said"), [
