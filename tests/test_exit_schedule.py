@@ -41,7 +41,7 @@ def chain(net=None, methods: str = "early_exit", **fields):
     config.data.update(image_size=8, channels=3)
     for name, value in {"sampler__steps": 6, "compute__rows": 4, "policy__threshold": 0.5,
                         "policy__calibration_images": 6, **fields}.items():
-        if methods or not name.startswith("policy"):
+        if "early_exit" in methods or not name.startswith("policy"):
             override(config, name.replace("__", "."), str(value))
     return build.make_chain(config, tiny() if net is None else net, build.describe(config), CPU)
 
@@ -195,6 +195,64 @@ def test_every_depth_is_compiled_once():
         wanted, _ = net(x, t, y, every_layer=True)
     torch.testing.assert_close(outs, wanted, rtol=1e-5, atol=1e-5)
     assert counts == [3, 3]
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """The modes that graphs are compiled in, by a compiler that replays a graph's result in one place, as CUDA graphs
+    do.
+    """
+    modes, compile_ = [], torch.compile
+
+    def backend(graph, examples, mode="default"):
+        modes.append(mode)
+        if mode == "default":
+            return graph.forward
+        held = []
+
+        def replay(*given):
+            outs = graph.forward(*given)
+            held[:] = held or [out.clone() for out in outs]
+            return tuple(place.copy_(out) for place, out in zip(held, outs, strict=True))
+
+        return replay
+
+    monkeypatch.setattr(torch, "compile", lambda net, mode=None: compile_(net, backend=backend, mode=mode))
+    return modes
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("policy", [{}, {"policy__mode": "schedule", "policy__schedule": "1x2,3x3"}])
+def test_every_depth_replays_a_graph_of_its_own(mode, policy, counting, monkeypatch):
+    """And what it gave is not written over, since solvers hold on to earlier outputs."""
+    marked = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marked.append(1))
+    methods = ("early_exit," if policy else "") + "dpm_solver"
+    fields = {"sampler__steps": 5, **policy}
+    net = tiny(depth=2)
+    wanted = chain(net, methods, **fields).sample([0, 1], [2, 3])
+    assert not marked
+    config = load("configs/digits_uvit.py").compute.to_dict() | {"compile": True, "compile_mode": mode}
+    compiled = build.prepare_backbone(net, config, CPU)
+    used = chain(compiled, methods, compute__compile=True, compute__compile_mode=mode, **fields)
+    for _ in range(2):
+        torch.testing.assert_close(used.sample([0, 1], [2, 3]), wanted, rtol=1e-4, atol=1e-4)
+    assert len(marked) == 2 * 5
+    assert counting == [mode] * (2 if policy else 1)
+    used.policy.start(used.denoiser.time_input(used.times))
+    x, cond = torch.randn(2, 4, 3, 8, 8), {"y": torch.arange(4)}
+    with torch.inference_mode():
+        held, other = (used.denoiser.output(each, used.times[0], cond) for each in x)
+    assert not torch.equal(held, other)
+
+
+@pytest.mark.parametrize(("policy", "mode"), [("per_sample", "reduce-overhead"), ("batch_mean", "max-autotune")])
+def test_cuda_graphs_cannot_serve_exits_by_the_image(policy, mode):
+    with pytest.raises(UserError, match=rf"^compute.compile_mode={mode}: policy.mode={policy} holds on to .*default$"):
+        chain(policy__mode=policy, compute__compile=True, compute__compile_mode=mode)
+    with pytest.raises(UserError, match="^compute.compile_mode='fast' is unknown; choose from default, reduce-over"):
+        build.prepare_backbone(tiny(), {"compile": False, "compile_mode": "fast"}, CPU)
 
 
 # The commands

@@ -126,7 +126,7 @@ def prepare_halving(config: ConfigDict, teacher: nn.Module, held: Mapping[str, A
                 student = add_guidance_input(student)
                 description["backbone"] = dict(description["backbone"]) | {"guidance_embed": True}
     frozen = hold(copy.deepcopy(teacher).requires_grad_(False).eval(), precision)
-    frozen = prepare_backbone(frozen, config.compute, device)
+    frozen = prepare_backbone(frozen, {**config.compute, "compile_mode": "default"}, device)
     halving = Halving(make_denoiser(frozen, taught, precision, device), section.steps, section.weighting, section.gamma,
                       section.target, section.clip_teacher, guidance)
     description["sampler"] = student_sampler(section.steps, make_schedule(**description["schedule"]), section.sampler)

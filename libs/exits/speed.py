@@ -4,7 +4,7 @@
         --checkpoint=runs/early_exit --out=outputs/exit_speed.json
     python -m libs.exits.speed --config=configs/cifar10_uvit_small.py:early_exit,dpm_solver --random_heads=0.55 \\
         --checkpoint=data/pretrained/cifar10_uvit_small.pth --rows=128 --config.compute.precision=bf16 \\
-        --out=outputs/exit_speed_gpu.json
+        --config.compute.compile=true --config.compute.compile_mode=reduce-overhead --out=outputs/exit_speed_gpu.json
 
 Whole loops of one network, in turns in one run, so that a busy machine slows all: the full model; `schedule` and
 `per_sample` with the config's threshold or target ratio; both with a depth that nothing leaves early; and the released
@@ -47,6 +47,7 @@ PROTOCOL = ("a timed loop goes from seeds to uint8 images, the device synchronis
             "same of processor time, which a busy machine disturbs less; peak_memory_mib is the most that tensors took "
             "in a loop of few steps, weights included")
 SHORT = 3  # sampler steps of the loop whose memory is taken
+BY_DEFAULT = {"compile_mode": "default"}
 NEVER = 0.999999  # a threshold that nothing reaches, at which all heads are asked
 # Of `share` (at least), by device; of `overhead` (at most).
 SHARES = {"schedule": {"cpu": 0.93, "cuda": 0.93}, "per_sample": {"cpu": 0.90, "cuda": 0.75}}
@@ -144,13 +145,16 @@ class Bench:
     """The variants around one network.
 
     config: with the policy whose threshold or target ratio counts. The threshold and the schedule are found once, so
-    that they are those of all numbers of rows. contexts: what a text model is shown.
+    that they are those of all numbers of rows. contexts: what a text model is shown. Where `net` was compiled into CUDA
+    graphs, which cannot serve `per_sample`, that is timed on the same network compiled by default.
     """
 
     def __init__(self, config: Mapping, net: nn.Module, description: Mapping, device: torch.device,
                  contexts: Contexts | None = None):
         self.config, self.net, self.description, self.device = config, net, description, device
-        self.contexts = contexts
+        self.contexts, self.blockwise = contexts, net
+        if build.uses_cuda_graphs(config["compute"]):
+            self.blockwise = build.prepare_backbone(unwrap(net), {**config["compute"], **BY_DEFAULT}, device)
         found = [self._calibrated(mode) for mode in ("per_sample", "schedule")]
         self.threshold, self.depths = found[0]["threshold"], found[1]["schedule"]
 
@@ -161,8 +165,11 @@ class Bench:
         return chain.policy.report()
 
     def chain(self, policy: Mapping, rows: int) -> Chain:
-        config = {**self.config, "policy": policy, "compute": {**self.config["compute"], "rows": rows}}
-        return build.make_chain(config, self.net, self.description, self.device, self.contexts)
+        compute, net = {**self.config["compute"], "rows": rows}, self.net
+        if policy.get("mode") in ("per_sample", "batch_mean"):
+            compute, net = compute | BY_DEFAULT, self.blockwise
+        config = {**self.config, "policy": policy, "compute": compute}
+        return build.make_chain(config, net, self.description, self.device, self.contexts)
 
     @property
     def schedule(self) -> str:
