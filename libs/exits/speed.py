@@ -37,7 +37,7 @@ from ..peak_tensors import PeakTensors
 from ..policies import Full
 from ..policies.exit_walk import run_layer
 from ..policies.sites import unwrap
-from ..provenance import git_commit, machine, versions
+from ..provenance import command_line, git_commit, machine, versions
 from .random_heads import add_random_heads
 
 PROTOCOL = ("a timed loop goes from seeds to uint8 images, the device synchronised before and after; after {warm_up} "
@@ -48,8 +48,11 @@ PROTOCOL = ("a timed loop goes from seeds to uint8 images, the device synchronis
             "in a loop of few steps, weights included")
 SHORT = 3  # sampler steps of the loop whose memory is taken
 BY_DEFAULT = {"compile_mode": "default"}
+FLAGS = ("checkpoint", "prompts", "rows", "repeats", "steps", "released_images", "random_heads", "out")
 NEVER = 0.999999  # a threshold that nothing reaches, at which all heads are asked
 # Of `share` (at least), by device; of `overhead` (at most).
+MEMORY = 1.02  # of the full model's, at most, by the policies
+RELEASED, RELEASED_ROWS = 20, 128  # times the images a second of the released algorithm, on a GPU at so many rows
 SHARES = {"schedule": {"cpu": 0.93, "cuda": 0.93}, "per_sample": {"cpu": 0.90, "cuda": 0.75}}
 OVERHEADS = {"schedule_never": {"cpu": 0.0, "cuda": 0.0}, "per_sample_never": {"cpu": 0.04, "cuda": 0.10}}
 
@@ -228,12 +231,16 @@ class Bench:
 
 def goal(row: Mapping[str, Any], device: str) -> str:
     """What is wanted of a variant, in words; "" for nothing."""
-    name = row["variant"]
+    name, wanted = row["variant"], []
     if device in SHARES.get(name, ()):
-        return f"share >= {SHARES[name][device]:g}"
+        wanted.append(f"share >= {SHARES[name][device]:g}")
     if device in OVERHEADS.get(name, ()):
-        return f"overhead <= {OVERHEADS[name][device]:.0%}"
-    return ""
+        wanted.append(f"overhead <= {OVERHEADS[name][device]:.0%}")
+    if wanted and row.get("peak_memory_ratio") is not None:
+        wanted.append(f"peak memory <= {MEMORY:g}")
+    if device == "cuda" and "times_released" in row and row["rows"] >= RELEASED_ROWS:
+        wanted.append(f"x released >= {RELEASED}")
+    return ", ".join(wanted)
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -298,12 +305,14 @@ def exit_speed(config, flags) -> None:
     device = cli.choose_device(config.compute.device)
     bench = make_bench(config, flags, device)
     found = [row for rows in flags.rows for row in bench.measure(int(rows), flags.repeats, flags.released_images)]
+    words = command_line("libs.exits.speed", config, flags, FLAGS)
     result = {"variants": [row | {"goal": goal(row, device.type)} for row in found],
               "protocol": PROTOCOL.format(warm_up=WARM_UP, repeats=flags.repeats),
               "model": flags.checkpoint or config.checkpoint, "config": flags.config, "method": config.policy.to_dict(),
               "sampler": config.sampler.to_dict(), "compute": config.compute.to_dict(), "repeats": flags.repeats,
               "random_heads": flags.random_heads or None, "threshold": bench.threshold, "schedule": bench.schedule,
-              "machine": machine(device), "versions": versions(), "git_commit": git_commit()}
+              "machine": machine(device), "versions": versions(), "git_commit": git_commit(),
+              "command": f"python -m {words.removeprefix('python ')}"}
     with atomic_path(flags.out) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(table(result) + "\n")
