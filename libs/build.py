@@ -91,6 +91,7 @@ def load_model(config: Mapping, name: str | None = None) -> tuple[nn.Module, dic
                             "and weights choose no code: name them by --config.cond.kind=image and --config.cond.task")
         description["cond"] = description["cond"] | {"task": own["cond"]["task"]}
     refuse_other_size(net, description)
+    net.checkpoint = name or config["checkpoint"]  # for messages
     return net, description
 
 

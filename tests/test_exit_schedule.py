@@ -322,7 +322,8 @@ def test_a_file_read_back_is_what_was_written(tmp_path):
 @pytest.mark.parametrize(("fields", "message"), [
     (["--config.policy.schedule=3"], "--config.policy.schedule=3 is a schedule already"),
     (["--config=configs/digits_uvit.py"], "policy.name='full' has no schedule to calibrate"),
-    (["--checkpoint=digits_uvit"], "policy.mode=schedule needs uncertainty heads"),
+    (["--checkpoint=digits_uvit"],
+     "policy.mode=schedule needs uncertainty heads, which checkpoint=digits_uvit has not"),
     (["--out=schedule.txt"], "--out=schedule.txt must end in .json")])
 def test_what_cannot_be_calibrated_is_told_in_one_line(checkpoint, tmp_path, fields, message, run_main):
     out = tmp_path / "schedule.json"

@@ -84,8 +84,10 @@ class EarlyExit:
             raise UserError(f"policy.name=early_exit leaves a U-ViT between two blocks; this network is a "
                             f"{type(inner).__name__}")
         if self.needs_heads and inner.lte_classifer is None:
-            raise UserError(f"policy.mode={self.mode} needs uncertainty heads, which this checkpoint has not; train "
-                            "them by train.py --config=configs/NAME.py:early_exit")
+            source = getattr(inner, "checkpoint", None)
+            raise UserError(f"policy.mode={self.mode} needs uncertainty heads, which "
+                            f"{f'checkpoint={source}' if source else 'this network'} has not; train them by "
+                            "train.py --config=configs/NAME.py:early_exit")
         return MODES[self.mode](net, self)
 
 
