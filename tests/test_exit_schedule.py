@@ -59,7 +59,9 @@ def depths_run(used, *sampled) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize(("text", "depths"), [("3", [3] * 6), ("1x2,4x1,5x3", [1, 1, 4, 5, 5, 5])])
+@pytest.mark.parametrize(("text", "depths"), [
+    ("3", [3] * 6), ("1x2,4x1,5x3", [1, 1, 4, 5, 5, 5]), ("60%", [3] * 6), ("1%", [1] * 6),
+    ("2x30%,80%x20%,100%x50%", [2, 2, 4, 5, 5, 5])])
 def test_a_schedule_runs_the_depths_it_says(text, depths):
     net = tiny(uem="")  # no heads are needed
     used = chain(net, **SCHEDULED, policy__schedule=text)
@@ -167,6 +169,9 @@ def test_other_times_than_the_chains_get_the_nearest_depths():
 @pytest.mark.parametrize(("text", "message"), [
     ("6", "6 layers; this network has 1 to 5"), ("0x6", "0 layers; this network has 1 to 5"),
     ("3x2,5", "is no schedule; write a number"), ("3x2;", "no such file; write a number"),
+    ("120%", "6 layers; this network has 1 to 5"),
+    ("3x50%,5x40%", "shares of the calls must be all in % and make 100%"),
+    ("3x50%,5x3", "shares of the calls must be all in %"), ("3x%", "is no schedule; write"),
     ("-1", "is no schedule; write"), ("nowhere.json", "no such file"),
     ("3x2,5x3", "is for 5 calls of the network, this sampler makes 6")])
 def test_schedules_that_make_no_sense_are_refused(text, message):
