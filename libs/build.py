@@ -32,6 +32,8 @@ from .prompts import read_prompts
 from .samplers import grid_orders, make_sampler
 from .schedule import Schedule, make_schedule, time_grid
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # torch.compile's
+CUDA_GRAPHS = COMPILE_MODES[1:]
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODEL_SECTIONS = ("backbone", "schedule", "denoiser", "cond", "codec")  # what a checkpoint says of itself
 
@@ -53,9 +55,12 @@ def _fields_of(cond: Mapping) -> set[str]:
     return {*OF_IMAGES, *(OF_TEXTS if names_texts(cond) else ())} if cond["kind"] == "image" else set()
 
 
-def make_denoiser(net, description: Mapping, precision: str = "fp32",
-                  device: torch.device | None = None) -> Denoiser:
-    """The denoiser that a description asks for, around `net` (a backbone or a policy)."""
+def make_denoiser(net, description: Mapping, precision: str = "fp32", device: torch.device | None = None,
+                  cuda_graphs: bool = False) -> Denoiser:
+    """The denoiser that a description asks for, around `net` (a backbone or a policy).
+
+    cuda_graphs: whether `net` was compiled into these.
+    """
     section, schedule = description["denoiser"], make_schedule(**description["schedule"])
     choose("denoiser.prediction", section["prediction"], TARGETS)
     choose("denoiser.time_input", section["time_input"], TIME_INPUTS)
@@ -67,7 +72,7 @@ def make_denoiser(net, description: Mapping, precision: str = "fp32",
     if dtype is not None:
         autocast = partial(torch.autocast, (device or torch.device("cpu")).type, dtype=dtype)
     return Denoiser(net, schedule, section["prediction"], section["time_input"], autocast,
-                    section.get("time_scale", 1.0))
+                    section.get("time_scale", 1.0), cuda_graphs)
 
 
 def load_model(config: Mapping, name: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -86,6 +91,7 @@ def load_model(config: Mapping, name: str | None = None) -> tuple[nn.Module, dic
                             "and weights choose no code: name them by --config.cond.kind=image and --config.cond.task")
         description["cond"] = description["cond"] | {"task": own["cond"]["task"]}
     refuse_other_size(net, description)
+    net.checkpoint = name or config["checkpoint"]  # for messages
     return net, description
 
 
@@ -99,10 +105,16 @@ def adopt_sampler(config: ConfigDict, description: Mapping, overrides: Collectio
 
 def prepare_backbone(net: nn.Module, compute: Mapping, device: torch.device) -> nn.Module:
     """The network on its device, with the attention and the compilation that `compute` asks for."""
+    mode = choose("compute.compile_mode", compute.get("compile_mode", "default"), COMPILE_MODES)
     if compute.get("attention", "sdpa") != "sdpa":  # a pipeline chooses its own
         set_attention(net, compute["attention"])
     net = net.to(device)
-    return torch.compile(net) if compute["compile"] else net
+    return torch.compile(net, mode=mode) if compute["compile"] else net
+
+
+def uses_cuda_graphs(compute: Mapping) -> bool:
+    """Whether a `compute` section has the network compiled into CUDA graphs for sampling."""
+    return compute["compile"] and compute.get("compile_mode") in CUDA_GRAPHS
 
 
 def make_times(section: Mapping, schedule: Schedule):
@@ -145,8 +157,13 @@ def make_chain(config: Mapping, net: nn.Module, description: Mapping, device: to
     section, cond = config["sampler"], description["cond"]
     choose("cond.kind", cond["kind"], KINDS)
     sampler = make_sampler(**section)
+    graphs = uses_cuda_graphs(config["compute"])
+    if graphs and config["policy"].get("mode", "schedule") != "schedule":
+        raise UserError(f"compute.compile_mode={config['compute']['compile_mode']}: policy.mode="
+                        f"{config['policy']['mode']} holds on to results that the next CUDA graph writes over; choose "
+                        "policy.mode=schedule or compute.compile_mode=default")
     policy = make_policy(config["policy"], net)
-    denoiser = make_denoiser(policy, description, config["compute"]["precision"], device)
+    denoiser = make_denoiser(policy, description, config["compute"]["precision"], device, graphs)
     codec = make_codec(description["codec"], device)
     null_label = cond["null_label"] if cond["null_label"] >= 0 else None
     scales = guidance_range(cond)

@@ -12,6 +12,7 @@ def base_config() -> ConfigDict:
             "device": "auto",  # auto, cpu, cuda, cuda:1, mps
             "precision": "fp32",  # fp32, bf16, fp16: of the network; samplers and losses stay in fp32
             "compile": False,  # torch.compile the network
+            "compile_mode": "default",  # of sampling; reduce-overhead, max-autotune: into CUDA graphs
             "attention": "sdpa",  # sdpa, xformers, plain (U-ViT)
             "rows": 16,  # images in one call of the network when sampling
         },

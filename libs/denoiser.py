@@ -112,11 +112,14 @@ class Denoiser:
     time_input   its unit of time: 999t, 1000t, 1000sigma, step (1 to N), index (0 to N - 1) or logsnr
     time_scale   factor on that time
     autocast     a context manager factory for mixed precision, or None
+    cuda_graphs  whether the network replays CUDA graphs, which write over the results of the ones before: then every
+                 call is told to be a step of its own, and `output` is a copy, which a solver may hold on to
     """
 
     def __init__(self, net, schedule: Schedule, prediction: str = "eps", time_input: str = "999t",
-                 autocast: Callable | None = None, time_scale: float = 1.0):
+                 autocast: Callable | None = None, time_scale: float = 1.0, cuda_graphs: bool = False):
         self.net, self.schedule, self.autocast, self.time_scale = net, schedule, autocast, time_scale
+        self.cuda_graphs = cuda_graphs
         self._target = choose("denoiser.prediction", prediction, TARGETS)
         self._predict = PREDICTIONS[prediction]
         self._time_input = choose("denoiser.time_input", time_input, TIME_INPUTS)
@@ -136,6 +139,8 @@ class Denoiser:
             timesteps = torch.full(x_t.shape[:1], float(time), dtype=torch.float32, device=x_t.device)
         else:
             timesteps = time.float().to(x_t.device)
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         if self.autocast is None:
             return self.net(x_t, timesteps, **(cond or {}), **options)
         with self.autocast():
@@ -143,7 +148,7 @@ class Denoiser:
 
     def output(self, x_t: Tensor, t: Tensor, cond: dict | None = None) -> Tensor:
         """The network's raw output (b, c, h, w), in x_t's precision."""
-        return self.call(x_t, t, cond).to(x_t.dtype)
+        return self.call(x_t, t, cond).to(x_t.dtype, copy=self.cuda_graphs)
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network should output at t: eps, x_0, v, ..."""

@@ -33,6 +33,9 @@ def fingerprint(config: Mapping, checkpoint: Path, labels_rule: str | None = Non
     """
     held = {name: config[name].to_dict() for name in SECTIONS}
     compute = {name: config["compute"][name] for name in ("precision", "attention", "compile", "rows")}
+    mode = config["compute"].get("compile_mode", "default")
+    if compute["compile"] and mode != "default":
+        compute["compile_mode"] = mode
     held |= {"checkpoint_sha256": file_sha256(checkpoint), "labels": labels_rule, "compute": compute}
     adaptor = held["policy"].get("adaptor")
     if adaptor not in (None, *TRAINING_FREE):  # trained again, the same name makes other images

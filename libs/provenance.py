@@ -43,12 +43,12 @@ def command_line(script: str, config: Mapping | None, flags: SimpleNamespace, na
         words += [f"--config.{path}={_text(values[path])}" for path in sorted(flags.overrides)]
     held = {name: getattr(flags, name) for name in names}
     words += [f"--{name}" if value is True else f"--{name}={_text(value)}"
-              for name, value in held.items() if value not in (None, False)]
+              for name, value in held.items() if value is not None and value is not False]
     return shlex.join(words)
 
 
 def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def git_commit() -> str | None:

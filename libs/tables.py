@@ -222,8 +222,17 @@ def exit_speed_table(paths: Iterable[str | Path]) -> str:
     return table(json.loads(Path(path).read_text()))
 
 
+def exit_training_table(paths: Iterable[str | Path]) -> str:
+    """The table of one cost benchmark of a training step (`libs.training.early_exit_speed`)."""
+    from .training.early_exit_speed import table  # stands above this module
+
+    path, = paths
+    return table(json.loads(Path(path).read_text()))
+
+
 TABLES = {"results": results_table, "students": students_table, "compare": compare_table, "safety": safety_table,
-          "speed": speed_table, "exit_speed": exit_speed_table, "flash_ablation": flash_ablation_table}
+          "speed": speed_table, "exit_speed": exit_speed_table, "exit_training": exit_training_table,
+          "flash_ablation": flash_ablation_table}
 
 
 def fill_tables(text: str, root: Path) -> str:

@@ -2,16 +2,37 @@
 # The whole chain of latent U-ViTs on a folder of captioned pictures: an autoencoder, a text encoder of the captions'
 # words, then U-ViTs in the latents: in continuous time, in discrete time, and from text. Run it again and it goes on.
 #
-#   bash scripts/emoji32_uvit.sh PICTURES [OUT]     runs/emoji32 unless given
+#   bash scripts/emoji32_uvit.sh PICTURES [OUT] [-- FLAGS]
 #
 # PICTURES is a folder, or a .tar of one (a webdataset): images of 32 pixels or more, the captions of 00000.png in
-# 00000.txt, one a line.
+# 00000.txt, one a line. OUT is runs/emoji32 unless given. FLAGS go to train.py for every U-ViT (not the autoencoder):
+# -- --config.train.steps=5000
+#
+# What its user may set:
+#
+#   REGIMES="continuous discrete text"    the U-ViTs to train and sample
+#   PROMPTS=                  what the text model draws: a .txt file with one a line, or a .json file of COCO's captions;
+#                             instead of the pictures' own captions
 set -euo pipefail
 
 fail() { echo "error: $1" >&2; exit 2; }
-[ $# -ge 1 ] || fail "no pictures given; usage: bash scripts/emoji32_uvit.sh PICTURES [OUT]"
-pictures=$(realpath -m "$1") out=$(realpath -m "${2:-runs/emoji32}")
+usage="usage: bash scripts/emoji32_uvit.sh PICTURES [OUT] [-- FLAGS]"
+places=() flags=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do places+=("$1"); shift; done
+[ $# -eq 0 ] || { shift; flags=("$@"); }
+[ ${#places[@]} -ge 1 ] || fail "no pictures given; $usage"
+[ ${#places[@]} -le 2 ] || fail "'${places[2]}' is one too many, flags of train.py stand after --; $usage"
+pictures=$(realpath -m "${places[0]}") out=$(realpath -m "${places[1]:-runs/emoji32}")
 [ -e "$pictures" ] || fail "$pictures is not there; want a folder or a .tar of captioned pictures"
+regimes=${REGIMES:-continuous discrete text}
+for regime in $regimes; do
+    case $regime in
+        continuous | discrete | text) ;;
+        *) fail "REGIMES: '$regime' is none; choose from continuous, discrete, text" ;;
+    esac
+done
+prompts=$(realpath -m "${PROMPTS:-$out/captions.json}")
+[ -z "${PROMPTS:-}" ] || [ -f "$prompts" ] || fail "PROMPTS=$PROMPTS is not there"
 cd "$(dirname "$0")/.."
 source scripts/env.sh requirements.txt
 mkdir -p "$out"
@@ -28,7 +49,8 @@ if [ -f "$pictures" ]; then
     pictures=$out/pictures
 fi
 python -m libs.data.caption_files --images="$pictures" --out="$out/captions.json"
-[ -d "$out/text_encoder" ] || python -m libs.small_text_encoder --captions="$out/captions.json" --out="$out/text_encoder"
+[ -d "$out/text_encoder" ] ||
+    python -m libs.small_text_encoder --captions="$out/captions.json" --out="$out/text_encoder"
 
 say "the autoencoder"
 python train.py --config=configs/emoji32_autoencoder.py --config.data.path="$pictures" --workdir="$out/autoencoder"
@@ -43,21 +65,19 @@ python prepare_data.py latents --config=configs/emoji32_uvit.py "${codec[@]}" --
 python prepare_data.py text --config=configs/emoji32_uvit.py:text "${text[@]}" --captions="$out/captions.json" \
     --out="$out/features"
 
-fit() { # NAME CONFIG FLAGS...
-    local name=$1 config=$2
-    shift 2
-    say "U-ViT, $name"
-    python train.py --config="$config" "${codec[@]}" "$@" --config.data.path="$out/features" --workdir="$out/$name"
+config() { # REGIME
+    case $1 in continuous) echo configs/emoji32_uvit.py ;; *) echo "configs/emoji32_uvit.py:$1" ;; esac
 }
-fit continuous configs/emoji32_uvit.py
-fit discrete configs/emoji32_uvit.py:discrete
-fit text configs/emoji32_uvit.py:text "${text[@]}"
-
-say "pictures of 32 seeds"
-for regime in continuous discrete; do
-    python sample.py --config=configs/emoji32_uvit.py "${codec[@]}" --checkpoint="$out/$regime" --seeds=0-31 \
-        --out="$out/samples_$regime"
+for regime in $regimes; do
+    case $regime in
+        text) cond=("${text[@]}") shown=(--prompts="$prompts") ;;
+        *) cond=() shown=() ;;
+    esac
+    say "U-ViT, $regime"
+    python train.py --config="$(config "$regime")" "${codec[@]}" "${cond[@]}" --config.data.path="$out/features" \
+        "${flags[@]}" --workdir="$out/$regime"
+    say "pictures of 32 seeds, $regime"
+    python sample.py --config="$(config "$regime")" "${codec[@]}" "${cond[@]}" --checkpoint="$out/$regime" \
+        "${shown[@]}" --seeds=0-31 --out="$out/samples_$regime"
 done
-python sample.py --config=configs/emoji32_uvit.py:text "${codec[@]}" "${text[@]}" --checkpoint="$out/text" \
-    --prompts="$out/captions.json" --seeds=0-31 --out="$out/samples_text"
 echo "$out/samples_*: the pictures; $out/autoencoder/previews: held-out pictures above what the autoencoder keeps"

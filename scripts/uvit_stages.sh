@@ -24,7 +24,11 @@
 #   SAMPLES=                  images a score, of the seeds 0, 1, ...; instead of the published number
 #   ROWS="before after per_sample schedule pictures"    what evaluate makes: scores of full depth before and after
 #                             fine-tuning, of early exit image by image and of a fixed depth a step, and pictures of the
-#                             exits; released: a score as AdaDiff's code samples, one image at a time
+#                             exits; released: a score as AdaDiff's code samples, one image at a time; fixed: of one
+#                             exit layer; split: of few layers in the first calls and all in the rest, as DuoDiff;
+#                             fewer_steps: of full depth in fewer steps
+#   FIXED=60% SPLIT=3x50%,100%x50%    the schedules of the rows fixed and split
+#   STEPS=                    sampler steps of the row fewer_steps: as many as cost the time of the row schedule
 #   BENCHMARK=1,16,128        images at a time of the timed loops; "" times none
 #   PRECISION=                fp32, bf16 or fp16, instead of the config's
 #   LAUNCH=python             or "accelerate launch --multi_gpu --num_processes 8": an update's images, and the seeds of
@@ -33,7 +37,7 @@ set -euo pipefail
 started_in=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-fail() { echo "error: $1" >&2; exit 2; }
+fail() { echo "error: $*" >&2; exit 2; }
 say() { printf '\n== %s\n' "$1"; }
 published() { awk -F '\t' -v name="$1" '$1 == name { print $2 }' scripts/downloads.tsv; }
 fetch() { DATA=$data bash scripts/download.sh "$@"; }
@@ -133,8 +137,16 @@ picture() { # FLAGS...: exits by step and image, uncertainty maps, predicted aga
         --seeds="0-$((samples < 64 ? samples - 1 : 63))" --out="$out/exits"
 }
 
+# Steps of full depth that take as long as a schedule's: its own steps times the share of the layers that it runs.
+equal_steps() { # SCORE of the schedule
+    [ -f "$1" ] || fail "ROWS: fewer_steps goes by the row schedule, and $1 is not there; or set STEPS"
+    python -c 'import json, sys
+held = json.load(open(sys.argv[1]))
+print(max(1, int(held["sampler"]["steps"] * held["policy"]["executed_ratio"] + 0.5)))' "$1"
+}
+
 evaluate() { # FLAGS... of eval.py
-    local exit_model=${EXIT:-$workdir/$method} row
+    local exit_model=${EXIT:-$workdir/$method} row steps
     [ -f "$reference" ] || fail "$reference is not there; the stage prepare makes it"
     find_base
     for row in ${ROWS:-before after per_sample schedule pictures}; do
@@ -143,14 +155,22 @@ evaluate() { # FLAGS... of eval.py
             after) score 2_after --config="configs/$config.py" --checkpoint="$exit_model" "$@" ;;
             per_sample) early_exit 3_per_sample "$@" ;;
             schedule) early_exit 4_schedule --config.policy.mode=schedule "$@" ;;
+            fixed) early_exit 6_fixed --config.policy.mode=schedule --config.policy.schedule="${FIXED:-60%}" "$@" ;;
+            split) early_exit 7_split --config.policy.mode=schedule \
+                --config.policy.schedule="${SPLIT:-3x50%,100%x50%}" "$@" ;;
+            fewer_steps)
+                steps=${STEPS:-$(equal_steps "$out/4_schedule.json")}
+                score 8_fewer_steps --config="configs/$config.py" --checkpoint="$exit_model" "$@" \
+                    --config.sampler.steps="$steps" ;;
             released) early_exit 5_released --config.policy.mode=batch_mean --config.policy.patience="$patience" \
                 --config.policy.joint=false --config.compute.rows=1 "$@" ;;
             pictures) picture "$@" ;;
-            *) fail "ROWS: '$row' is none; choose from before, after, per_sample, schedule, released, pictures" ;;
+            *) fail "ROWS: '$row' is none; choose from before, after, per_sample, schedule, released, fixed, split," \
+                "fewer_steps, pictures" ;;
         esac
     done
-    if ls "$out"/[1-5]_*.json >/dev/null 2>&1; then
-        printf '<!-- results: [1-5]_*.json -->\n' >"$out/table.md"
+    if ls "$out"/[1-8]_*.json >/dev/null 2>&1; then
+        printf '<!-- results: [1-8]_*.json -->\n' >"$out/table.md"
         python -m libs.tables "$out/table.md"
         cat "$out/table.md"
     fi

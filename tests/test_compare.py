@@ -13,7 +13,7 @@ from PIL import Image
 
 from libs import compare
 from libs.compare import TimeLimit
-from libs.compare_grid import Cell, equal_cell, load_grid, plan
+from libs.compare_grid import Cell, equal_cell, load_grid, plan, select
 from libs.compare_run import Grid, psnr
 from libs.config import ROOT
 from libs.files import atomic_path
@@ -208,18 +208,25 @@ def test_an_early_exit_cell_says_how_deep_its_images_went(run, tmp_path):
 def test_names_and_schedules_of_the_sweep_of_early_exit():
     cells = load_grid("configs/early_exit.py")
     assert [cell.steps for cell in cells] == sorted(cell.steps for cell in cells)
-    for sampler, steps in (("dpm_solver_pp", 8), ("dpm_solver_pp", 20), ("dpm_solver", 50)):
+    for before, sampler, steps, thresholds in (
+        ("cifar10_uvit_tiny", "dpm_solver_pp", 8, 6), ("cifar10_uvit_tiny", "dpm_solver_pp", 20, 6),
+        ("cifar10_uvit_tiny", "dpm_solver", 50, 6), ("cifar10_uvit_student_8", "ddim", 8, 8),
+    ):
         own = {cell.name: cell for cell in cells if (cell.sampler, cell.steps) == (sampler, steps)}
-        assert f"cifar10_uvit_tiny_full_{sampler}_{steps}" in own  # before fine-tuning
-        assert f"cifar10_uvit_tiny_early_exit_full_{sampler}_{steps}" in own
+        assert f"{before}_full_{sampler}_{steps}" in own  # before fine-tuning
+        assert f"{before}_early_exit_full_{sampler}_{steps}" in own
         families = [cell.family for cell in own.values() if cell.family]
-        assert sorted({name: families.count(name) for name in families}.values()) == [3, 4, 5, 6]
+        assert sorted({name: families.count(name) for name in families}.values()) == [3, 4, 5, thresholds]
         schedules = [cell.settings["schedule"] for cell in own.values() if "schedule" in cell.settings]
         assert [len(depths_of(text, 13, torch.arange(steps))) for text in schedules] == [steps] * 7
     for cell in cells:
         EarlyExit(**cell.settings)
         assert cell.policy == "full" or cell.cost_images >= 32
-    assert not any(cell.fixed for cell in cells if "student" not in cell.name)
+    students = [cell for cell in select(cells, "*student_8_early_exit*") if cell.policy != "full"]
+    assert {cell.settings.get("threshold") for cell in students} >= {0.9, 0.95, 0.99}
+    assert [cell.name for cell in cells if cell.fixed] == [f"cifar10_uvit_student_{n}_full_ddim_{n}" for n in (4, 8)]
+    costs = {cell.name: result_of(cell, 6.0 if cell in students else 10.0) for cell in cells}
+    assert {equal_cell(cell, costs).name for cell in students} == {"cifar10_uvit_student_8_early_exit_full_ddim_5"}
 
 
 def test_the_released_results_are_cells_of_the_declared_grid():
@@ -228,11 +235,12 @@ def test_the_released_results_are_cells_of_the_declared_grid():
     results = {path.stem: result for path in sorted((ROOT / "assets/results/compare").glob("*.json"))
                for result in read_cells([path])}
     assert results.keys() <= {cell.name for cell in plan(cells, results)}
-    sweep = {cell.name: replace(cell, family="") for cell in load_grid("configs/early_exit.py")}
+    sweep = {cell.name: cell for cell in load_grid("configs/early_exit.py")}
     shared = [cell for cell in cells if cell.name in sweep]
-    assert len(shared) == 14
+    assert len(shared) == 16
     assert all(cell in shared for cell in cells if "early_exit" in cell.name)
-    assert all(sweep[cell.name] == cell for cell in shared)
+    for cell in shared:  # but for what decides only about their neighbours
+        assert replace(sweep[cell.name], family="", fixed=cell.fixed) == cell
 
 
 def test_outputs_are_named_after_the_grid(run_main, tmp_path, monkeypatch):

@@ -214,7 +214,8 @@ def test_sample_says_what_ran_and_resumes(checkpoint, tmp_path, run_main):
 
 @pytest.mark.parametrize(("argument", "message"), [
     ("--config.policy.threshold=0", "error: policy.threshold=0.0 must be a certainty above 0"),
-    ("--checkpoint=digits_uvit", "error: policy.mode=per_sample needs uncertainty heads")])
+    ("--checkpoint=digits_uvit",
+     "error: policy.mode=per_sample needs uncertainty heads, which checkpoint=digits_uvit has not")])
 def test_mistakes_are_told_in_one_line(checkpoint, argument, message, tmp_path, run_main):
     ran = run_main(sample.main, DIGITS, f"--checkpoint={checkpoint}", f"--out={tmp_path / 'out'}", argument)
     assert ran.status == 2

@@ -47,9 +47,9 @@ def run_script(tmp_path):
     (venv / "bin/python").chmod(0o755)
     (venv / "bin/activate").write_text(f"PATH={venv}/bin:$PATH\n")
 
-    def run(*argv):
-        ran = subprocess.run([BASH, SCRIPT, *map(str, argv)], env={"PATH": "/usr/bin:/bin", "VENV": str(venv)},
-                             capture_output=True, text=True)
+    def run(*argv, **env):
+        env = {"PATH": "/usr/bin:/bin", "VENV": str(venv), **{key: str(value) for key, value in env.items()}}
+        ran = subprocess.run([BASH, SCRIPT, *map(str, argv)], env=env, capture_output=True, text=True)
         noted = [shlex.split(line) for line in calls.read_text().splitlines()] if calls.exists() else []
         return ran, [words for words in noted if words[:2] != ["-m", "pip"]]
 
@@ -75,6 +75,38 @@ def test_from_pictures_to_samples(pictures, run_script, run_main, tmp_path):
         assert not np.array_equal(*images)
 
 
+def calls_of(calls, script):
+    """Those of a script, as {flag: value}, in the order of the calls."""
+    return [dict(word.removeprefix("--").partition("=")[::2] for word in words[1:])
+            for words in calls if words[0] == script]
+
+
+def test_every_regime_is_trained_and_sampled_with_its_own_config(pictures, run_script, tmp_path):
+    out = tmp_path / "out"
+    ran, calls = run_script(pictures, out)
+    assert ran.returncode == 0, ran.stderr
+    configs = {"continuous": "configs/emoji32_uvit.py", "discrete": "configs/emoji32_uvit.py:discrete",
+               "text": "configs/emoji32_uvit.py:text"}
+    trained = {Path(flags["workdir"]).name: flags["config"] for flags in calls_of(calls, "train.py")}
+    assert trained == {"autoencoder": "configs/emoji32_autoencoder.py", **configs}
+    sampled = calls_of(calls, "sample.py")
+    assert {Path(flags["checkpoint"]).name: flags["config"] for flags in sampled} == configs
+    assert [flags.get("prompts") for flags in sampled] == [None, None, f"{out}/captions.json"]
+
+
+def test_regimes_prompts_and_flags_of_the_user(pictures, run_script, tmp_path):
+    (tmp_path / "my prompts.txt").write_text("a red heart\n")
+    ran, calls = run_script(pictures, tmp_path / "out", "--", "--config.train.steps=7", REGIMES="text discrete",
+                            PROMPTS=tmp_path / "my prompts.txt")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    trained = calls_of(calls, "train.py")
+    assert [flags.get("config.train.steps") for flags in trained] == [None, "7", "7"]
+    assert [Path(flags["workdir"]).name for flags in trained] == ["autoencoder", "text", "discrete"]
+    sampled = calls_of(calls, "sample.py")
+    assert [Path(flags["checkpoint"]).name for flags in sampled] == ["text", "discrete"]
+    assert [flags.get("prompts") for flags in sampled] == [str(tmp_path / "my prompts.txt"), None]
+
+
 def test_a_tar_is_unpacked_once(pictures, run_script, tmp_path):
     with tarfile.open(tmp_path / "pictures.tar", "w") as tar:
         for path in sorted(pictures.iterdir()):
@@ -89,10 +121,15 @@ def test_a_tar_is_unpacked_once(pictures, run_script, tmp_path):
     assert not (out / "pictures/00000.png").exists()
 
 
-def test_wants_pictures(run_script, tmp_path):
-    ran, calls = run_script()
-    assert (ran.returncode, ran.stderr, calls) == (
-        2, "error: no pictures given; usage: bash scripts/emoji32_uvit.sh PICTURES [OUT]\n", [])
-    ran, calls = run_script(tmp_path / "none")
-    assert (ran.returncode, calls) == (2, [])
-    assert ran.stderr.endswith("is not there; want a folder or a .tar of captioned pictures\n")
+@pytest.mark.parametrize(("argv", "env", "message"), [
+    ([], {}, "error: no pictures given; usage: bash scripts/emoji32_uvit.sh PICTURES [OUT] [-- FLAGS]\n"),
+    (["--", "--config.train.steps=7"], {}, "no pictures given"),
+    (["none"], {}, "none is not there; want a folder or a .tar of captioned pictures\n"),
+    ([".", "out", "--config.train.steps=7"], {}, "'--config.train.steps=7' is one too many, flags of train.py stand "),
+    (["."], {"REGIMES": "pixels"}, "error: REGIMES: 'pixels' is none; choose from continuous, discrete, text\n"),
+    (["."], {"PROMPTS": "none.txt"}, "error: PROMPTS=none.txt is not there\n"),
+])
+def test_mistakes_are_told_in_one_line(run_script, argv, env, message):
+    ran, calls = run_script(*argv, **env)
+    assert (ran.returncode, calls, ran.stderr.count("\n")) == (2, [], 1)
+    assert message in ran.stderr

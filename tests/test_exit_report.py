@@ -6,10 +6,13 @@ from copy import copy
 import pytest
 import tiny_exits
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 from libs import build
 from libs import config as config_files
+from libs.checkpoint import load_described, save_backbone
+from libs.distillation.progressive import student_sampler
 from libs.exits import report as exit_report
 from libs.exits.calibration import Certainties, calibration, certainties
 from libs.exits.pictures import uncertainty_rows
@@ -121,6 +124,37 @@ def test_times_of_a_discrete_schedule_are_its_steps(tmp_path):
     held = certainties(spy, batch, 4)
     assert set((seen[0] * 8).tolist()) == set(range(1, 9))
     assert (((seen[0] * 8 - 1) // 2) == held.bin).all()
+
+
+def test_a_student_is_asked_at_its_own_times(tmp_path, run_main, monkeypatch):
+    """And the report says which truth to read."""
+    path = tiny_exits.write(tmp_path)
+    net, description = load_described(tmp_path / "tiny.safetensors")
+    description["sampler"] = student_sampler(4, build.make_schedule(**description["schedule"]))
+    save_backbone(tmp_path / "tiny.safetensors", net.state_dict(), description)
+    asked, whole = [], exit_report.certainties
+
+    def spied(denoiser, batch, bins, times):
+        spy = copy(denoiser)
+        spy.call = lambda x, t, cond, **options: asked.extend(t.tolist()) or denoiser.call(x, t, cond, **options)
+        return whole(spy, batch, bins, times)
+
+    monkeypatch.setattr(exit_report, "certainties", spied)
+    titles, set_title = [], Axes.set_title
+    monkeypatch.setattr(Axes, "set_title", lambda axes, text, **style: titles.append(text) or set_title(axes, text))
+    ran = run_main(exit_report.main, f"--config={path}:early_exit", "--seeds=0-3", f"--out={tmp_path}/out",
+                   "--data_images=24")
+    assert ran.status == 0, ran.stderr
+    result = json.loads((tmp_path / "out/report.json").read_text())
+    assert result["times"] == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert set(asked) == set(result["times"])
+    held = result["calibration"]
+    assert held["bins"] == [[t, t] for t in result["times"]]
+    assert len(held["predicted"][0]) == len(held["final_gap"]["true"][0]) == 4
+    assert held["truths"] == {"eps_error": "against the data, which is not what a student learns",
+                              "final_gap": "against the last layer: the one to read for a student"}
+    for name, text in held["truths"].items():
+        assert any(title.startswith(f"{name}, {text}\n") for title in titles)
 
 
 def test_numbers_of_a_calibration_by_hand():

@@ -41,7 +41,7 @@ def chain(net=None, methods: str = "early_exit", **fields):
     config.data.update(image_size=8, channels=3)
     for name, value in {"sampler__steps": 6, "compute__rows": 4, "policy__threshold": 0.5,
                         "policy__calibration_images": 6, **fields}.items():
-        if methods or not name.startswith("policy"):
+        if "early_exit" in methods or not name.startswith("policy"):
             override(config, name.replace("__", "."), str(value))
     return build.make_chain(config, tiny() if net is None else net, build.describe(config), CPU)
 
@@ -59,7 +59,9 @@ def depths_run(used, *sampled) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize(("text", "depths"), [("3", [3] * 6), ("1x2,4x1,5x3", [1, 1, 4, 5, 5, 5])])
+@pytest.mark.parametrize(("text", "depths"), [
+    ("3", [3] * 6), ("1x2,4x1,5x3", [1, 1, 4, 5, 5, 5]), ("60%", [3] * 6), ("1%", [1] * 6),
+    ("2x30%,80%x20%,100%x50%", [2, 2, 4, 5, 5, 5])])
 def test_a_schedule_runs_the_depths_it_says(text, depths):
     net = tiny(uem="")  # no heads are needed
     used = chain(net, **SCHEDULED, policy__schedule=text)
@@ -167,6 +169,9 @@ def test_other_times_than_the_chains_get_the_nearest_depths():
 @pytest.mark.parametrize(("text", "message"), [
     ("6", "6 layers; this network has 1 to 5"), ("0x6", "0 layers; this network has 1 to 5"),
     ("3x2,5", "is no schedule; write a number"), ("3x2;", "no such file; write a number"),
+    ("120%", "6 layers; this network has 1 to 5"),
+    ("3x50%,5x40%", "shares of the calls must be all in % and make 100%"),
+    ("3x50%,5x3", "shares of the calls must be all in %"), ("3x%", "is no schedule; write"),
     ("-1", "is no schedule; write"), ("nowhere.json", "no such file"),
     ("3x2,5x3", "is for 5 calls of the network, this sampler makes 6")])
 def test_schedules_that_make_no_sense_are_refused(text, message):
@@ -195,6 +200,64 @@ def test_every_depth_is_compiled_once():
         wanted, _ = net(x, t, y, every_layer=True)
     torch.testing.assert_close(outs, wanted, rtol=1e-5, atol=1e-5)
     assert counts == [3, 3]
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """The modes that graphs are compiled in, by a compiler that replays a graph's result in one place, as CUDA graphs
+    do.
+    """
+    modes, compile_ = [], torch.compile
+
+    def backend(graph, examples, mode="default"):
+        modes.append(mode)
+        if mode == "default":
+            return graph.forward
+        held = []
+
+        def replay(*given):
+            outs = graph.forward(*given)
+            held[:] = held or [out.clone() for out in outs]
+            return tuple(place.copy_(out) for place, out in zip(held, outs, strict=True))
+
+        return replay
+
+    monkeypatch.setattr(torch, "compile", lambda net, mode=None: compile_(net, backend=backend, mode=mode))
+    return modes
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("policy", [{}, {"policy__mode": "schedule", "policy__schedule": "1x2,3x3"}])
+def test_every_depth_replays_a_graph_of_its_own(mode, policy, counting, monkeypatch):
+    """And what it gave is not written over, since solvers hold on to earlier outputs."""
+    marked = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marked.append(1))
+    methods = ("early_exit," if policy else "") + "dpm_solver"
+    fields = {"sampler__steps": 5, **policy}
+    net = tiny(depth=2)
+    wanted = chain(net, methods, **fields).sample([0, 1], [2, 3])
+    assert not marked
+    config = load("configs/digits_uvit.py").compute.to_dict() | {"compile": True, "compile_mode": mode}
+    compiled = build.prepare_backbone(net, config, CPU)
+    used = chain(compiled, methods, compute__compile=True, compute__compile_mode=mode, **fields)
+    for _ in range(2):
+        torch.testing.assert_close(used.sample([0, 1], [2, 3]), wanted, rtol=1e-4, atol=1e-4)
+    assert len(marked) == 2 * 5
+    assert counting == [mode] * (2 if policy else 1)
+    used.policy.start(used.denoiser.time_input(used.times))
+    x, cond = torch.randn(2, 4, 3, 8, 8), {"y": torch.arange(4)}
+    with torch.inference_mode():
+        held, other = (used.denoiser.output(each, used.times[0], cond) for each in x)
+    assert not torch.equal(held, other)
+
+
+@pytest.mark.parametrize(("policy", "mode"), [("per_sample", "reduce-overhead"), ("batch_mean", "max-autotune")])
+def test_cuda_graphs_cannot_serve_exits_by_the_image(policy, mode):
+    with pytest.raises(UserError, match=rf"^compute.compile_mode={mode}: policy.mode={policy} holds on to .*default$"):
+        chain(policy__mode=policy, compute__compile=True, compute__compile_mode=mode)
+    with pytest.raises(UserError, match="^compute.compile_mode='fast' is unknown; choose from default, reduce-over"):
+        build.prepare_backbone(tiny(), {"compile": False, "compile_mode": "fast"}, CPU)
 
 
 # The commands
@@ -264,7 +327,8 @@ def test_a_file_read_back_is_what_was_written(tmp_path):
 @pytest.mark.parametrize(("fields", "message"), [
     (["--config.policy.schedule=3"], "--config.policy.schedule=3 is a schedule already"),
     (["--config=configs/digits_uvit.py"], "policy.name='full' has no schedule to calibrate"),
-    (["--checkpoint=digits_uvit"], "policy.mode=schedule needs uncertainty heads"),
+    (["--checkpoint=digits_uvit"],
+     "policy.mode=schedule needs uncertainty heads, which checkpoint=digits_uvit has not"),
     (["--out=schedule.txt"], "--out=schedule.txt must end in .json")])
 def test_what_cannot_be_calibrated_is_told_in_one_line(checkpoint, tmp_path, fields, message, run_main):
     out = tmp_path / "schedule.json"

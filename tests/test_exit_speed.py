@@ -116,7 +116,11 @@ def test_one_run_has_everything(path, tmp_path, run_main):
     assert rows["per_sample"]["times_released"] == pytest.approx(
         rows["per_sample"]["images_per_second"] / rows["released"]["images_per_second"])
     assert rows["schedule_never"]["peak_memory_ratio"] == pytest.approx(1, abs=0.02)
-    assert rows["schedule"]["goal"] == "share >= 0.93"
+    assert rows["schedule"]["goal"] == "share >= 0.93, peak memory <= 1.02"
+    assert result["command"] == (
+        f"python -m libs.exits.speed --config={path}:early_exit --config.policy.calibration_images=4 "
+        f"--config.policy.target_layer_ratio=0.7 --rows=2,3 --repeats=1 --steps=4 --released_images=2 "
+        f"--random_heads=0.0 --out={out}")
     assert ran.stdout.count("\n| ") == 1 + 12
 
 
@@ -129,6 +133,7 @@ def test_random_heads_serve_a_checkpoint_without(tmp_path, run_main):
     assert [row["variant"] for row in result["variants"]] == VARIANTS[:-1]
     assert 0.2 < result["variants"][3]["layer_ratio"] < 0.9
     assert result["random_heads"] == 0.5
+    assert "--released_images=0 --random_heads=0.5 " in result["command"]
     ran = run_main(exit_speed.main, f"--config={path}:early_exit", f"--out={tmp_path}/b.json")
     assert (ran.status, ran.stderr.count("\n")) == (2, 1)
     assert "needs uncertainty heads" in ran.stderr
@@ -149,7 +154,10 @@ def test_what_is_made_of_times():
     assert (row["speed_up"], row["share"], row["overhead"]) == (2, 1.2, -0.5)
     assert row["processor_share"] == 1.2
     assert row["peak_memory_ratio"] == 1
-    assert goal(row, "cuda") == "share >= 0.75"
+    assert goal(row, "cuda") == "share >= 0.75, peak memory <= 1.02"
+    assert goal(row | {"times_released": 9.0}, "cuda") == goal(row, "cuda")  # which is wanted at 128 rows
+    assert goal(row | {"times_released": 9.0, "rows": 128}, "cpu") == "share >= 0.9, peak memory <= 1.02"
+    assert goal(row | {"times_released": 9.0, "rows": 128}, "cuda").endswith(", x released >= 20")
     assert goal({"variant": "per_sample_never"}, "cuda") == "overhead <= 10%"
     assert goal({"variant": "full"}, "cpu") == goal(row, "mps") == ""
 

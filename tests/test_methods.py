@@ -62,3 +62,9 @@ def test_adaptors_of_pipelines_are_trained_as_in_the_paper():
     assert (large.train.lr, large.train.batch_size, large.train.weight_decay) == (1e-4, 16, 0.0)
     assert (small.distill.width, large.distill.width) == (128, 0)  # 0 is the adaptor's own
     assert large.distill.trajectories * large.train.steps // large.distill.updates == 50_000  # the paper's captions
+
+
+def test_early_exit_is_timed_at_many_rows_too():
+    rows = {methods: load(f"configs/cifar10_uvit_tiny.py:{methods}").eval.benchmark_rows
+            for methods in ("full", "early_exit", "early_exit_paper")}
+    assert rows == {"full": (1, 16), "early_exit": (1, 16, 128), "early_exit_paper": (1, 16, 128)}

@@ -3,6 +3,8 @@ these are then parsed by the scripts that they call. What a stage needs of the i
 """
 
 import importlib
+import json
+import math
 import os
 import re
 import shlex
@@ -14,13 +16,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from libs.config import load
+from libs.policies.exit_schedule import depths_of
 from libs.seeds import parse_seeds
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 BASH = shutil.which("bash")
 PYTHON = """#!{bash}
-[ "$1" = -c ] && [[ $2 = *zipfile* ]] && exec {python} "$@"
+[ "$1" = -c ] && [[ $2 = *zipfile* || $2 = *executed_ratio* ]] && exec {python} "$@"
 [[ $2 = "import pip" || $2 = pip ]] && exit 0
 printf '%q ' "$@" >>{calls}
 echo >>{calls}
@@ -161,6 +166,48 @@ def test_evaluate(recipe, run_main, name, model, config, weights, samples, thres
         assert float(value(call, "--config.policy.threshold")) == threshold
     assert [values(call, "--config.policy.mode") for call in ran.calls[2:6]] == [[], ["schedule"], ["batch_mean"], []]
     assert value(released, "--config.compute.rows") == "1"
+
+
+@pytest.mark.parametrize(("name", "model", "config"), [row[:3] for row in RECIPES])
+def test_what_early_exit_is_compared_with(recipe, run_main, name, model, config):
+    put_all(recipe.data)
+    recipe.out.mkdir(parents=True)
+    (recipe.out / "4_schedule.json").write_text(json.dumps({"sampler": {"steps": 50},
+                                                            "policy": {"executed_ratio": 0.55}}))
+    ran = recipe(name, "evaluate", "--config.sampler.steps=50", MODEL=model, ROWS="fixed split fewer_steps")
+    assert (ran.status, ran.stderr) == (0, "")
+    *scores, tables = ran.calls
+    assert tables[:2] == ["-m", "libs.tables"]
+    assert [Path(value(call, "--out")).name for call in scores] == [
+        "6_fixed.json", "7_split.json", "8_fewer_steps.json"]
+    for call in scores:
+        parses(run_main, call)
+        assert value(call, "--checkpoint") == str(recipe.workdir / "early_exit")
+    layers = load(f"configs/{config}.py").backbone.depth + 1
+    depths = [depths_of(value(call, "--config.policy.schedule"), layers, torch.arange(50)) for call in scores[:2]]
+    assert depths[0] == (math.floor(0.6 * layers + 0.5),) * 50
+    assert depths[1] == (3,) * 25 + (layers,) * 25
+    assert [values(call, "--config.policy.mode") for call in scores] == [["schedule"], ["schedule"], []]
+    assert value(scores[2], "--config") == f"configs/{config}.py"
+    assert value(scores[2], "--config.sampler.steps") == "28"
+
+
+def test_rows_and_settings_of_the_user(recipe):
+    put_all(recipe.data)
+    ran = recipe("cifar10_uvit", "evaluate", ROWS="fixed split fewer_steps", FIXED=7, SPLIT="2x900,13x100", STEPS=9)
+    assert ran.status == 0, ran.stderr
+    assert [values(call, "--config.policy.schedule") for call in ran.calls] == [["7"], ["2x900,13x100"], []]
+    assert value(ran.calls[2], "--config.sampler.steps") == "9"
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ("fewer_steps", "4_schedule.json is not there; or set STEPS\n"),
+    ("all", "choose from before, after, per_sample, schedule, released, fixed, split, fewer_steps, pictures\n")])
+def test_rows_that_cannot_be_made(recipe, rows, message):
+    put_all(recipe.data)
+    ran = recipe("cifar10_uvit", "evaluate", ROWS=rows)
+    assert (ran.status, ran.calls, ran.stderr.count("\n")) == (2, [], 1)
+    assert ran.stderr.endswith(message)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -24,10 +24,11 @@ def get_config(methods=""):
     config.data.update(name="digits", path="", image_size=8, channels=1, flip=False)
     config.compute.update(rows=4, device="cpu")
     config.sampler.steps = 6
-    config.eval.update(metrics=(), benchmark_rows=(1,), benchmark_repeats=2)
+    config.eval.update(metrics=(), benchmark_repeats=2)
     apply_methods(config, methods, METHODS)
     if "early_exit" in config:
         config.policy.threshold = {threshold}
+    config.eval.benchmark_rows = (1,)
     return config
 '''
 

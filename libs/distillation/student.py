@@ -116,7 +116,8 @@ def frozen_denoiser(config: ConfigDict, model: nn.Module, description: Mapping[s
                     device: torch.device) -> Denoiser:
     """A copy of the model that only teaches."""
     frozen = hold(copy.deepcopy(model).requires_grad_(False).eval(), precision)
-    return make_denoiser(prepare_backbone(frozen, config.compute, device), description, precision, device)
+    frozen = prepare_backbone(frozen, {**config.compute, "compile_mode": "default"}, device)
+    return make_denoiser(frozen, description, precision, device)
 
 
 def prepare_halving(config: ConfigDict, teacher: nn.Module, held: Mapping[str, Any], precision: str,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..files import atomic_path
 from ..montage import Row
-from .calibration import TRUTHS, as_array
+from .calibration import as_array
 
 TITLES = {"eps_error": "1 - tanh|g_i - eps|", "final_gap": "1 - tanh|g_i - g_N|"}
 NAMED = 12  # calls whose times are written on the axis
@@ -57,23 +57,27 @@ def draw_calibration(numbers: Mapping[str, Any], path: str | Path) -> None:
 
     predicted = as_array(numbers["predicted"])
     layers, bins = predicted.shape
+    times = [low for low, high in numbers["bins"] if low == high]  # a student's, from the first to the last
     colour = torch.arange(1, layers + 1)[:, None].expand(-1, bins)
     figure = Figure(figsize=(10, 8.5), layout="constrained")
-    for column, name in zip(figure.subplots(2, 2).T, TRUTHS, strict=True):
+    for column, name in zip(figure.subplots(2, 2).T, numbers["truths"], strict=True):
         held, (above, below) = numbers[name], column
         dots = above.scatter(predicted, as_array(held["true"]), c=colour, cmap="viridis", s=14)
         above.plot([0, 1], [0, 1], color="0.3", linewidth=1, linestyle=":")
         above.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="predicted certainty", ylabel=f"true: {TITLES[name]}")
         above.set_aspect("equal")
         correlation = "-" if held["correlation"] is None else f"{held['correlation']:.3f}"
-        above.set_title(f"{name}\nmean absolute error {held['error']:.3f}, correlation {correlation}",
-                        fontsize="medium")
+        above.set_title(f"{name}, {numbers['truths'][name]}\nmean absolute error {held['error']:.3f}, correlation "
+                        f"{correlation}", fontsize="medium")
         above.grid(visible=True, alpha=0.3)
         figure.colorbar(dots, ax=above, label="layer", ticks=layer_ticks(layers))
         errors = below.imshow(as_array(held["error_of"]), origin="lower", aspect="auto", cmap="magma", vmin=0,
-                              extent=(0, 1, 0.5, layers + 0.5))
+                              extent=(0.5, bins + 0.5, 0.5, layers + 0.5) if times else (0, 1, 0.5, layers + 0.5))
         below.set_yticks(layer_ticks(layers))
-        below.set(xlabel="t", ylabel="layer")
+        if times:
+            named = range(0, bins, -(-bins // NAMED))
+            below.set_xticks([index + 1 for index in named], [f"{times[index]:.2g}" for index in named])
+        below.set(xlabel="t of the student's calls" if times else "t", ylabel="layer")
         figure.colorbar(errors, ax=below, label="mean absolute error")
     _save(figure, path)
 

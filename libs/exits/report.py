@@ -8,7 +8,8 @@ Samples the seeds and writes into --out
                      and their spread across the images; seconds, images a second, GMACs; the calibration's numbers
     exits.png        that histogram
     uncertainty.png  of some seeds and steps: the predicted image x_0, and 1 - c of the layer that it left at
-    calibration.png  predicted against true certainty, on images of the config's data set noised to all times
+    calibration.png  predicted against true certainty, on images of the config's data set noised to all times; of a
+                     student of few steps to the times at which it samples
 
 --benchmark times the loop at the batch sizes of config.eval, as eval.py does. Under `accelerate launch` the processes
 share the seeds.
@@ -41,6 +42,7 @@ from ..processes import Processes
 from ..provenance import command_line, file_sha256, git_commit, machine, versions
 from ..seeds import parse_labels, parse_seeds
 from ..training.batches import Batches, load_training_data
+from ..training.setup import sampled_times
 from .calibration import Certainties, calibration, certainties, join
 from .pictures import draw_calibration, draw_exits, uncertainty_rows
 from .watch import every_layer, exit_uncertainty, plain_denoiser, watch
@@ -91,8 +93,10 @@ def sample(chain: Chain, seeds: list[int], labels: list[int] | None, bar: bool) 
     return time.perf_counter() - began
 
 
-def calibrate(config, chain: Chain, description: Mapping, processes: Processes, images: int) -> Certainties:
-    """Predicted and true certainties of `images` images of the data set, of all processes."""
+def calibrate(config, chain: Chain, description: Mapping, processes: Processes, images: int,
+              times: torch.Tensor | None = None) -> Certainties:
+    """Predicted and true certainties of `images` images of the data set, of all processes; at these times of a student.
+    """
     cond = {**description["cond"], "drop": 0.0}
     data = load_training_data(config.data, {**description, "cond": cond}, chain.device)
     step_rows = chain.rows * processes.count
@@ -103,7 +107,7 @@ def calibrate(config, chain: Chain, description: Mapping, processes: Processes, 
         for step in range(-(-images // step_rows)):
             for batch in batches.parts(step):
                 wanted = batch.positions < images
-                parts.append(certainties(denoiser, batch, BINS).of(wanted))
+                parts.append(certainties(denoiser, batch, BINS if times is None else len(times), times).of(wanted))
             progress.update(min(step_rows, images - step * step_rows))
     return join(part for own in processes.gather(parts) for part in own)
 
@@ -160,7 +164,9 @@ def report(config, flags) -> None:
     check_benchmark(config.eval.benchmark_rows, config.eval.benchmark_steps, config.eval.benchmark_repeats)
     labels = parse_labels(flags.labels, seeds, chain.num_classes)
     out = cli.output_dir(flags.out)
-    held = calibrate(config, chain, description, processes, flags.data_images) if flags.data_images else None
+    times, held = sampled_times(description, chain.denoiser.schedule), None
+    if flags.data_images:
+        held = calibrate(config, chain, description, processes, flags.data_images, times)
     measured = measure(config, flags, chain, seeds, labels, processes)
     if measured is None:  # not the main process
         return
@@ -174,7 +180,7 @@ def report(config, flags) -> None:
     columns = min(flags.shown, chain.rows, len(seeds))
     save_png(out / "uncertainty.png", show(chain, seeds[:columns], labels and labels[:columns], flags.shown_steps))
     if held is not None:
-        result["calibration"] = calibration(held, BINS)
+        result["calibration"] = calibration(held, BINS if times is None else len(times), times)
         draw_calibration(result["calibration"], out / "calibration.png")
     words = command_line("libs.exits.report", config, flags, FLAGS)
     result |= {"versions": versions(), "git_commit": git_commit(),

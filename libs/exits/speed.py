@@ -4,7 +4,7 @@
         --checkpoint=runs/early_exit --out=outputs/exit_speed.json
     python -m libs.exits.speed --config=configs/cifar10_uvit_small.py:early_exit,dpm_solver --random_heads=0.55 \\
         --checkpoint=data/pretrained/cifar10_uvit_small.pth --rows=128 --config.compute.precision=bf16 \\
-        --out=outputs/exit_speed_gpu.json
+        --config.compute.compile=true --config.compute.compile_mode=reduce-overhead --out=outputs/exit_speed_gpu.json
 
 Whole loops of one network, in turns in one run, so that a busy machine slows all: the full model; `schedule` and
 `per_sample` with the config's threshold or target ratio; both with a depth that nothing leaves early; and the released
@@ -37,7 +37,7 @@ from ..peak_tensors import PeakTensors
 from ..policies import Full
 from ..policies.exit_walk import run_layer
 from ..policies.sites import unwrap
-from ..provenance import git_commit, machine, versions
+from ..provenance import command_line, git_commit, machine, versions
 from .random_heads import add_random_heads
 
 PROTOCOL = ("a timed loop goes from seeds to uint8 images, the device synchronised before and after; after {warm_up} "
@@ -47,8 +47,12 @@ PROTOCOL = ("a timed loop goes from seeds to uint8 images, the device synchronis
             "same of processor time, which a busy machine disturbs less; peak_memory_mib is the most that tensors took "
             "in a loop of few steps, weights included")
 SHORT = 3  # sampler steps of the loop whose memory is taken
+BY_DEFAULT = {"compile_mode": "default"}
+FLAGS = ("checkpoint", "prompts", "rows", "repeats", "steps", "released_images", "random_heads", "out")
 NEVER = 0.999999  # a threshold that nothing reaches, at which all heads are asked
 # Of `share` (at least), by device; of `overhead` (at most).
+MEMORY = 1.02  # of the full model's, at most, by the policies
+RELEASED, RELEASED_ROWS = 20, 128  # times the images a second of the released algorithm, on a GPU at so many rows
 SHARES = {"schedule": {"cpu": 0.93, "cuda": 0.93}, "per_sample": {"cpu": 0.90, "cuda": 0.75}}
 OVERHEADS = {"schedule_never": {"cpu": 0.0, "cuda": 0.0}, "per_sample_never": {"cpu": 0.04, "cuda": 0.10}}
 
@@ -144,13 +148,16 @@ class Bench:
     """The variants around one network.
 
     config: with the policy whose threshold or target ratio counts. The threshold and the schedule are found once, so
-    that they are those of all numbers of rows. contexts: what a text model is shown.
+    that they are those of all numbers of rows. contexts: what a text model is shown. Where `net` was compiled into CUDA
+    graphs, which cannot serve `per_sample`, that is timed on the same network compiled by default.
     """
 
     def __init__(self, config: Mapping, net: nn.Module, description: Mapping, device: torch.device,
                  contexts: Contexts | None = None):
         self.config, self.net, self.description, self.device = config, net, description, device
-        self.contexts = contexts
+        self.contexts, self.blockwise = contexts, net
+        if build.uses_cuda_graphs(config["compute"]):
+            self.blockwise = build.prepare_backbone(unwrap(net), {**config["compute"], **BY_DEFAULT}, device)
         found = [self._calibrated(mode) for mode in ("per_sample", "schedule")]
         self.threshold, self.depths = found[0]["threshold"], found[1]["schedule"]
 
@@ -161,8 +168,11 @@ class Bench:
         return chain.policy.report()
 
     def chain(self, policy: Mapping, rows: int) -> Chain:
-        config = {**self.config, "policy": policy, "compute": {**self.config["compute"], "rows": rows}}
-        return build.make_chain(config, self.net, self.description, self.device, self.contexts)
+        compute, net = {**self.config["compute"], "rows": rows}, self.net
+        if policy.get("mode") in ("per_sample", "batch_mean"):
+            compute, net = compute | BY_DEFAULT, self.blockwise
+        config = {**self.config, "policy": policy, "compute": compute}
+        return build.make_chain(config, net, self.description, self.device, self.contexts)
 
     @property
     def schedule(self) -> str:
@@ -221,12 +231,16 @@ class Bench:
 
 def goal(row: Mapping[str, Any], device: str) -> str:
     """What is wanted of a variant, in words; "" for nothing."""
-    name = row["variant"]
+    name, wanted = row["variant"], []
     if device in SHARES.get(name, ()):
-        return f"share >= {SHARES[name][device]:g}"
+        wanted.append(f"share >= {SHARES[name][device]:g}")
     if device in OVERHEADS.get(name, ()):
-        return f"overhead <= {OVERHEADS[name][device]:.0%}"
-    return ""
+        wanted.append(f"overhead <= {OVERHEADS[name][device]:.0%}")
+    if wanted and row.get("peak_memory_ratio") is not None:
+        wanted.append(f"peak memory <= {MEMORY:g}")
+    if device == "cuda" and "times_released" in row and row["rows"] >= RELEASED_ROWS:
+        wanted.append(f"x released >= {RELEASED}")
+    return ", ".join(wanted)
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -291,12 +305,14 @@ def exit_speed(config, flags) -> None:
     device = cli.choose_device(config.compute.device)
     bench = make_bench(config, flags, device)
     found = [row for rows in flags.rows for row in bench.measure(int(rows), flags.repeats, flags.released_images)]
+    words = command_line("libs.exits.speed", config, flags, FLAGS)
     result = {"variants": [row | {"goal": goal(row, device.type)} for row in found],
               "protocol": PROTOCOL.format(warm_up=WARM_UP, repeats=flags.repeats),
               "model": flags.checkpoint or config.checkpoint, "config": flags.config, "method": config.policy.to_dict(),
               "sampler": config.sampler.to_dict(), "compute": config.compute.to_dict(), "repeats": flags.repeats,
               "random_heads": flags.random_heads or None, "threshold": bench.threshold, "schedule": bench.schedule,
-              "machine": machine(device), "versions": versions(), "git_commit": git_commit()}
+              "machine": machine(device), "versions": versions(), "git_commit": git_commit(),
+              "command": f"python -m {words.removeprefix('python ')}"}
     with atomic_path(flags.out) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(table(result) + "\n")

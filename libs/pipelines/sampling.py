@@ -227,6 +227,9 @@ def _check(section: Mapping, compute: Mapping) -> None:
         raise UserError(f"pipeline.steps={section['steps']} must be at least 1")
     if compute["rows"] < 1:
         raise UserError(f"compute.rows={compute['rows']} must be at least 1")
+    if compute["compile_mode"] != "default":
+        raise UserError(f"compute.compile_mode={compute['compile_mode']}: a pipeline's network is compiled by default; "
+                        "its scheduler holds on to what a CUDA graph would write over")
     factor = 16 if section["name"] == "sd3" else 8  # pixels a latent, or a patch of them
     for side in ("height", "width"):
         if section[side] < 0 or section[side] % factor:

@@ -84,8 +84,10 @@ class EarlyExit:
             raise UserError(f"policy.name=early_exit leaves a U-ViT between two blocks; this network is a "
                             f"{type(inner).__name__}")
         if self.needs_heads and inner.lte_classifer is None:
-            raise UserError(f"policy.mode={self.mode} needs uncertainty heads, which this checkpoint has not; train "
-                            "them by train.py --config=configs/NAME.py:early_exit")
+            source = getattr(inner, "checkpoint", None)
+            raise UserError(f"policy.mode={self.mode} needs uncertainty heads, which "
+                            f"{f'checkpoint={source}' if source else 'this network'} has not; train them by "
+                            "train.py --config=configs/NAME.py:early_exit")
         return MODES[self.mode](net, self)
 
 
@@ -184,7 +186,8 @@ class PerSample(EarlyExitPolicy):
     """Every image leaves by itself; the output head runs for the rows that leave alone.
 
     A compiled network has its blocks compiled one by one. What a CUDA graph gives does not outlive the next one's run,
-    so a network that was compiled into these (mode="reduce-overhead") is for the mode `schedule`.
+    so a network that was compiled into these (compute.compile_mode) is for the mode `schedule`;
+    `build.make_chain` refuses it here.
     """
 
     def __init__(self, net: nn.Module, settings: EarlyExit):
@@ -240,7 +243,9 @@ class BatchMean(PerSample):
 class Scheduled(EarlyExitPolicy):
     """A fixed depth for every call of a loop: no head is asked, and nothing waits for the device.
 
-    A compiled network has one more compiled function for each depth in use, CUDA graphs included.
+    A compiled network has one more compiled function for each depth in use, compiled in the same mode, CUDA graphs
+    included: under compute.compile_mode=reduce-overhead each depth replays one of its own. Their results are copied by
+    the denoiser. (That has been tested with a counting compiler on a CPU; it has not run on a GPU.)
     """
 
     def __init__(self, net: nn.Module, settings: EarlyExit):
@@ -248,7 +253,7 @@ class Scheduled(EarlyExitPolicy):
         self.depths: tuple[int, ...] = ()  # of the present loop's calls
         self.schedule: tuple[int, ...] | None = None
         self.made_for: Tensor | None = None  # the times of the schedule
-        self._compiled, self._is_compiled = compiler_of(net), net is not self.inner
+        self._compiled = compiler_of(net)
         self._to_depth: dict[int, Callable[..., Tensor]] = {self.layers: net}
         if settings.schedule:
             depths_of(settings.schedule, self.layers)
@@ -282,8 +287,7 @@ class Scheduled(EarlyExitPolicy):
         exits = [depth] * len(x)
         self._note(exits, exits)
         self.last = dict.fromkeys(("exit_layer", "executed"), torch.full((len(x),), depth, device=x.device))
-        # A solver holds on to outputs, and a CUDA graph's next replay would write over this one.
-        return out.clone() if self._is_compiled else out
+        return out
 
     def report(self, processes: Any = None) -> dict:
         found = {} if not self.settings.schedule else {"threshold": None}

@@ -2,10 +2,14 @@
 
     7              7 layers at every step
     3x30,13x20     30 calls of 3 layers, then 20 of 13
+    60%            so much of the layers, for networks of any depth
+    3x60%,100%x40% the same of the calls, for loops of any length
     FILE           what `python -m libs.exits.schedule` writes: JSON with `depths`, one a call, and what they are for
 """
 
+import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +22,9 @@ from ..errors import UserError
 from ..files import atomic_path, reason
 
 FORMAT = "early-exit-schedule-1"
-TEXT = re.compile(r"[0-9x,\s-]*")
-PART = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
+TEXT = re.compile(r"[0-9x,%\s-]*")
+NUMBER = r"([0-9]{1,6}%?)"
+PART = re.compile(f"{NUMBER}x{NUMBER}")
 
 
 def schedule_file(text: str) -> Path | None:
@@ -36,6 +41,8 @@ def depths_of(text: str, layers: int, times: Tensor | None = None) -> tuple[int,
 
     >>> depths_of("3x2,5x1", 5, torch.tensor([900.0, 500.0, 100.0]))
     (3, 3, 5)
+    >>> depths_of("1x60%,100%x40%", 5, torch.tensor([900.0, 700.0, 500.0, 300.0]))
+    (1, 1, 5, 5)
     >>> depths_of("3x2,5x1", 5, torch.tensor([900.0, 500.0]))
     Traceback (most recent call last):
     ...
@@ -44,14 +51,15 @@ def depths_of(text: str, layers: int, times: Tensor | None = None) -> tuple[int,
     path = schedule_file(text)
     if path is not None:
         return _from_file(path, layers, times)
-    if text.strip().isdecimal():
-        depths = (int(text),) * (1 if times is None else len(times))
+    if re.fullmatch(NUMBER, text.strip()):
+        depths = (_layers(text.strip(), layers),) * (1 if times is None else len(times))
     else:
         parts = [PART.fullmatch(part.strip()) for part in text.split(",")]
         if None in parts:
             raise UserError(f"policy.schedule={text!r} is no schedule; write a number of layers such as 7, layers x "
                             "calls such as 3x30,13x20, or a file of python -m libs.exits.schedule")
-        depths = tuple(int(part[1]) for part in parts for _ in range(int(part[2])))
+        calls = _calls(text, [part[2] for part in parts], 100 if times is None else len(times))
+        depths = tuple(_layers(part[1], layers) for part, count in zip(parts, calls, strict=True) for _ in range(count))
         if times is not None and len(depths) != len(times):
             raise UserError(f"policy.schedule={text!r} is for {len(depths)} calls of the network, this sampler makes "
                             f"{len(times)}")
@@ -59,6 +67,26 @@ def depths_of(text: str, layers: int, times: Tensor | None = None) -> tuple[int,
     if wrong:
         raise UserError(f"policy.schedule={text!r}: {wrong[0]} layers; this network has 1 to {layers}")
     return depths
+
+
+def _layers(number: str, layers: int) -> int:
+    """A number of layers, or a share of them, which is at least one."""
+    return max(1, _share(number, layers)) if number.endswith("%") else int(number)
+
+
+def _calls(text: str, numbers: Sequence[str], total: int) -> list[int]:
+    """Numbers of calls, or shares of so many: then each part ends at the nearest whole call."""
+    if not any(number.endswith("%") for number in numbers):
+        return [int(number) for number in numbers]
+    ends = list(itertools.accumulate(int(number.rstrip("%")) for number in numbers))
+    if not all(number.endswith("%") for number in numbers) or ends[-1] != 100:
+        raise UserError(f"policy.schedule={text!r}: shares of the calls must be all in % and make 100% together")
+    places = [0, *(_share(f"{end}%", total) for end in ends)]
+    return [after - before for before, after in itertools.pairwise(places)]
+
+
+def _share(number: str, total: int) -> int:
+    return math.floor(int(number.rstrip("%")) * total / 100 + 0.5)
 
 
 def read_schedule(path: str | Path) -> dict[str, Any]:

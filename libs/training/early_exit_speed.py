@@ -1,18 +1,20 @@
 """What a training step with AdaDiff's layer-wise loss costs, beside a plain step of the same U-ViT.
 
-    python -m libs.training.early_exit_speed --config=configs/cifar10_uvit_tiny.py --batch_size=16
+    python -m libs.training.early_exit_speed --config=configs/cifar10_uvit_tiny.py --batch_size=16 \\
+        --out=assets/results/exits/training_cpu.json
 
 A step is forward pass, backward pass and optimizer update. Both kinds run in turns in one run, on one network with
 fresh weights: a busy machine slows both. Prints JSON: `time_ratio` is the median over the rounds of the layer-wise
 step's seconds over the plain step's, `memory_ratio` that of their peak memory, weights, gradients and the optimizer's
-moments included: what torch has allocated, by its own books (a CPU library's scratch memory is not in them).
+moments included: what torch has allocated, by its own books (a CPU library's scratch memory is not in them). `goals`
+are the most that these should be, and `met` says which of them are.
 """
 
 import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
@@ -28,8 +30,9 @@ from ..benchmark import PeakMemory, synchronize
 from ..build import make_denoiser, prepare_backbone
 from ..errors import UserError
 from ..files import atomic_path
+from ..markdown import markdown_table
 from ..methods import METHODS, apply_methods
-from ..provenance import machine
+from ..provenance import command_line, git_commit, machine, versions
 from ..random import Stream, normal
 from .batches import Batch
 from .objective import Objective, diffusion_loss
@@ -37,6 +40,7 @@ from .optimizer import make_optimizer
 from .setup import choose_precision, make_objective, start_network
 
 WARM_UP = 2  # rounds
+GOALS = {"time_ratio": 1.35, "memory_ratio": 1.1}  # at most
 
 
 def define_flags(fv) -> None:
@@ -116,14 +120,29 @@ def measure(config, batch_size: int, repeats: int, device: torch.device) -> dict
             "grad_checkpoint": config.train.grad_checkpoint, "repeats": repeats, "machine": machine(device)}
 
 
+def table(result: Mapping[str, Any]) -> str:
+    """The Markdown table of a result file: both ratios, each beside its goal."""
+    seconds, mib = result["seconds"], result["peak_memory_mib"]
+    rows = [("seconds", seconds, ".2f", "time_ratio"), ("peak memory, MiB", mib, ",.0f", "memory_ratio")]
+    return markdown_table({"of a training step": name, "plain": format(held["plain"], form),
+                           "with the layer-wise loss": format(held["early_exit"], form),
+                           "ratio": f"{result[ratio]:.3f}", "goal": f"<= {result['goals'][ratio]:g}",
+                           "met": "yes" if result["met"][ratio] else "no"}
+                          for name, held, form, ratio in rows)
+
+
 def speed(config, flags) -> int:
     if flags.out and not flags.out.endswith(".json"):
         raise UserError(f"--out={flags.out} must end in .json")
     if "early_exit" not in config:
         with config.unlocked():
             apply_methods(config, "early_exit", METHODS)
-    text = json.dumps(measure(config, flags.batch_size, flags.repeats, cli.choose_device(config.compute.device)),
-                      indent=1) + "\n"
+    found = measure(config, flags.batch_size, flags.repeats, cli.choose_device(config.compute.device))
+    words = command_line("libs.training.early_exit_speed", config, flags, ("batch_size", "repeats", "out"))
+    result = {**found, "goals": GOALS, "met": {name: found[name] <= most for name, most in GOALS.items()},
+              "config": flags.config, "versions": versions(), "git_commit": git_commit(),
+              "command": f"python -m {words.removeprefix('python ')}"}
+    text = json.dumps(result, indent=1) + "\n"
     sys.stdout.write(text)
     if flags.out:
         with atomic_path(flags.out) as temporary:

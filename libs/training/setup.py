@@ -183,13 +183,14 @@ def make_objective(config: ConfigDict, net: nn.Module | None = None, description
                if name not in ("freeze_backbone", "learn_from")}
     if learns_from(config) == "start":
         frozen = copy.deepcopy(net).requires_grad_(False).eval()
-        teacher = make_denoiser(prepare_backbone(frozen, config.compute, device), description, precision, device)
-        options["lesson"] = FromStart(teacher, _sampled_times(description, teacher.schedule),
+        frozen = prepare_backbone(frozen, {**config.compute, "compile_mode": "default"}, device)
+        teacher = make_denoiser(frozen, description, precision, device)
+        options["lesson"] = FromStart(teacher, sampled_times(description, teacher.schedule),
                                       guidance_range(description["cond"]))
     return LayerwiseLoss(**options)
 
 
-def _sampled_times(description: Mapping[str, Any], schedule: Schedule) -> Tensor | None:
+def sampled_times(description: Mapping[str, Any], schedule: Schedule) -> Tensor | None:
     """The only times (n,) at which a student of few steps is asked; None for a network that is no student."""
     section = description.get("sampler")
     if section is None:
