@@ -83,11 +83,12 @@ def timed_loop(chain: Chain, seeds: list[int], labels: list[int] | None = None) 
 class PeakMemory:
     """Peak memory of a `with` block in MiB: allocated on a GPU; on a CPU the growth of the resident memory.
 
-    `mib` is None where the system does not tell (a CPU without Linux's /proc).
+    `mib` is None where the system does not tell (a CPU without Linux's /proc). `whole_mib` counts what was there
+    before, too: on a CPU the peak of the resident memory itself.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.mib = device, None
+        self.device, self.mib, self.whole_mib = device, None, None
 
     def __enter__(self):
         if self.device.type == "cuda":
@@ -102,9 +103,10 @@ class PeakMemory:
 
     def __exit__(self, *error):
         if self.device.type == "cuda":
-            self.mib = torch.cuda.max_memory_allocated(self.device) / 2**20
+            self.mib = self.whole_mib = torch.cuda.max_memory_allocated(self.device) / 2**20
         elif self.device.type == "cpu" and self._before is not None:
-            self.mib = max(0.0, _resident("VmHWM") - self._before)
+            self.whole_mib = _resident("VmHWM")
+            self.mib = max(0.0, self.whole_mib - self._before)
 
 
 def _resident(field: str) -> float:
