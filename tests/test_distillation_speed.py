@@ -61,6 +61,7 @@ def test_an_epoch_of_the_adaptor_measures(tmp_path, run_main):
     told = json.loads(out.read_text())
     least = 2 * 4 * told["seconds_per_trajectory_step"] + 2 * told["seconds_per_update"]
     assert told["seconds"] > least > 0
+    assert told["processor_seconds"] > 2 * 4 * told["processor_seconds_per_trajectory_step"] > 0
     assert 0 < told["ratio"] < 10
     assert told["parameters"]["network"] < 20e6
     assert told["machine"]

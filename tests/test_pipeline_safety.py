@@ -232,7 +232,7 @@ def in_one_line(make, words: str):
     (lambda: Clockwork(cut="sideways"), "policy.cut='sideways'.*choose from auto, before, after"),
     (lambda: Clockwork(adaptor="gone.safetensors"), "policy.adaptor='gone.safetensors': no such file"),
     (lambda: Clockwork(adaptor=Path("gone.safetensors")), "policy.adaptor='gone.safetensors': no such file"),
-    (lambda: Clockwork(adaptor=torch.nn.Linear(2, 2)), "policy.adaptor: an object of class Linear is no adaptor; choose"),
+    (lambda: Clockwork(adaptor=torch.nn.Linear(2, 2)), "policy.adaptor: an object of class Linear is no adaptor"),
     (lambda: Clockwork(adaptor=2), "policy.adaptor: an object of class int is no adaptor; choose"),
     (lambda: EncoderPropagation(4), "policy.key_steps=4 must be a string: every:4, a list such as 0,1,2,3,5,10, or"),
     (lambda: EncoderPropagation([0, 1, 2]), r"policy.key_steps=\[0, 1, 2\] must be a string: every:4"),

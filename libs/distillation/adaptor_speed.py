@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,9 +41,9 @@ from .trajectories import Teacher
 
 CONFIG = "configs/sd15.py:clockwork_adaptor"
 PROTOCOL = ("one round: seconds_per_trajectory_step is the time to draw its trajectories over the calls of the "
-            "network, each of a guided pair for each of `rows` images; seconds_per_update is their median, "
-            "optimizer included; ratio is the squared error of the adaptor over the identity adaptor's, over all "
-            "updates")
+            "network, each of a guided pair for each of `rows` images; seconds_per_update is the updates' median, "
+            "optimizer included; processor_seconds are those of the processor (all threads), which a busy machine "
+            "disturbs less; ratio is the squared error of the adaptor over the identity adaptor's, over all updates")
 MEMORY = {"cuda": "most memory allocated by torch", "cpu": "peak of the process' resident memory over the round"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -69,26 +70,32 @@ def epoch_config(flags) -> ConfigDict:
     return config
 
 
+def mark(device: torch.device) -> tuple[float, float]:
+    """The time, and that of the host's processor (all threads), in seconds, once the device has done its work."""
+    synchronize(device)
+    return time.perf_counter(), time.process_time()
+
+
 def measure(config: ConfigDict, teacher: Teacher, processes: Processes) -> dict[str, Any]:
     """Seconds and memory of one round."""
     device, section = processes.device, config.distill
     with tempfile.TemporaryDirectory() as folder:  # nothing is saved
         training = AdaptorTraining(config, Run(Path(folder), config, "", processes), teacher)
         with PeakMemory(device) as memory:
-            synchronize(device)
-            start = time.perf_counter()
+            marks = [mark(device)]
             groups = sum(1 for _ in training.data.draw(0))
-            synchronize(device)
-            drawn = time.perf_counter() - start
-            updates = []
+            marks.append(mark(device))
             for _ in range(section.updates):
-                start = time.perf_counter()
                 training.update()
-                synchronize(device)
-                updates.append(time.perf_counter() - start)
+                marks.append(mark(device))
+    names = ["seconds", "processor_seconds"][:2 if device.type == "cpu" else 1]
+    times = {}
+    for name, clock in zip(names, zip(*marks, strict=True), strict=False):
+        drawn, *updates = (end - start for start, end in pairwise(clock))
+        times |= {name: clock[-1] - clock[0], f"{name}_per_trajectory_step": drawn / (groups * teacher.steps),
+                  f"{name}_per_update": median(updates)}
     learned, identity = training.sums.tolist()
-    return {"seconds_per_trajectory_step": drawn / (groups * teacher.steps), "seconds_per_update": median(updates),
-            "seconds": drawn + sum(updates), "ratio": learned / identity, "peak_memory_mib": memory.whole_mib,
+    return {**times, "ratio": learned / identity, "peak_memory_mib": memory.whole_mib,
             "parameters": {"network": sum(each.numel() for each in teacher.net.parameters()),
                            "adaptor": sum(each.numel() for each in training.parameters)}}
 
@@ -100,10 +107,15 @@ def table_row(result: Mapping[str, Any]) -> dict[str, str]:
             "precision": settings["dtype"], "adaptor": f"{settings['adaptor']}, {adaptor:.2f} M",
             "clock": str(settings["clock"]),
             "trajectories x steps": f"{settings['trajectories']} x {settings['steps']}",
-            "s a step": f"{result['seconds_per_trajectory_step']:.3g}",
+            "s a step": _seconds(result, "per_trajectory_step"),
             "updates x runs": f"{settings['updates']} x {settings['batch_size']}",
-            "s an update": f"{result['seconds_per_update']:.3g}",
+            "s an update": _seconds(result, "per_update"),
             "peak memory": EMPTY if memory is None else f"{memory:,.0f} MiB", "machine": result["machine"]}
+
+
+def _seconds(result: Mapping[str, Any], name: str) -> str:
+    processor = result.get(f"processor_seconds_{name}")
+    return f"{result[f'seconds_{name}']:.3g}" + ("" if processor is None else f" (processor {processor:.3g})")
 
 
 def read_table(paths: Iterable[str | Path]) -> str:
