@@ -35,8 +35,11 @@ def file_sha256(path: str | Path) -> str:
 
 
 def command_line(script: str, config: Mapping | None, flags: SimpleNamespace, names: Sequence[str]) -> str:
-    """The command that makes this run again: its config, the fields overridden, and the flags `names`."""
-    words = ["python", script]
+    """The command that makes this run again: its config, the fields overridden, and the flags `names`.
+
+    script: a file, or `-m` and a module.
+    """
+    words = ["python", *script.split()]
     if config is not None:
         values = fields(config)
         words += [f"--config={flags.config}"]

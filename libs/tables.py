@@ -230,9 +230,16 @@ def exit_training_table(paths: Iterable[str | Path]) -> str:
     return table(json.loads(Path(path).read_text()))
 
 
+def adaptor_speed_table(paths: Iterable[str | Path]) -> str:
+    """What the training of Clockwork's adaptor costs (`libs.distillation.adaptor_speed`), a row a file."""
+    from .distillation.adaptor_speed import read_table  # loads diffusers
+
+    return read_table(paths)
+
+
 TABLES = {"results": results_table, "students": students_table, "compare": compare_table, "safety": safety_table,
           "speed": speed_table, "exit_speed": exit_speed_table, "exit_training": exit_training_table,
-          "flash_ablation": flash_ablation_table}
+          "adaptor_speed": adaptor_speed_table, "flash_ablation": flash_ablation_table}
 
 
 def fill_tables(text: str, root: Path) -> str:

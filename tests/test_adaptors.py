@@ -249,17 +249,17 @@ def test_save_wants_what_load_needs(tmp_path):
 def test_check():
     """Rounding the UNet passes; another cut, other sizes and other weights do not."""
     stem = torch.randn(6, 3, 3, 3)
-    made_for = MADE_FOR | {"stem": stem.half()}
+    file, made_for = "runs/adaptor.safetensors", MADE_FOR | {"stem": stem.half()}
     here = {"depth": 1, "cut": "before", **SIZES, "stem": stem}
     for each in (stem, stem.half(), stem.bfloat16(), 1.01 * stem, None):
-        check_adaptor(made_for, **here | {"stem": each})
-    check_adaptor(MADE_FOR | {"stem": None}, **here)
-    check_adaptor(made_for | {"cut": "any"}, **here)
+        check_adaptor(file, made_for, **here | {"stem": each})
+    check_adaptor(file, MADE_FOR | {"stem": None}, **here)
+    check_adaptor(file, made_for | {"cut": "any"}, **here)
     for field, other, words in (("depth", 2, "depth=1, but here depth=2"), ("cut", "after", "cut='before'"),
                                 ("c_in", 320, "c_in=6"), ("c_out", 640, "c_out=10"), ("temb_dim", 1280, "temb_dim=12"),
                                 ("stem", 1.05 * stem, "differs by 5.0%"), ("stem", stem * torch.nan, "differs"),
                                 ("stem", stem[:, :2], r"\(6, 2, 3, 3\)")):
         with pytest.raises(UserError, match=words) as caught:
-            check_adaptor(made_for, **here | {field: other})
-        assert "policy.adaptor" in str(caught.value)
+            check_adaptor(file, made_for, **here | {field: other})
+        assert str(caught.value).startswith("policy.adaptor='runs/adaptor.safetensors' was made for ")
         assert "\n" not in str(caught.value)

@@ -2,14 +2,16 @@
 
 import importlib
 import json
+import shlex
 
 import pytest
 import torch
 
-from libs.distillation import flash_sampling_speed, flash_speed, speed
+from libs.distillation import adaptor_speed, flash_sampling_speed, flash_speed, speed
 from libs.distillation.flash import draw_starts
 from libs.distillation.flash_stages import read_stages
 from libs.distillation.speed import random_batch
+from libs.errors import UserError
 
 TINY = ("--config=configs/digits_uvit.py:flash", "--config.compute.device=cpu", "--config.distill.teacher_steps=4")
 
@@ -104,3 +106,50 @@ def test_progressive_distillation_measures(tmp_path, run_main):
     told = json.loads(out.read_text())
     both = 2 * told["teacher_forward"] + told["student_forward_backward"]
     assert told["ratio"] == pytest.approx(told["update"] / both)
+
+
+def test_an_epoch_of_the_adaptor_measures(tmp_path, run_main):
+    """By the code of the training itself; the command that it notes makes the run again."""
+    out = tmp_path / "speed.json"
+    ran = run_main(adaptor_speed.main, "--width=tiny", "--latent=8", "--trajectories=2", "--steps=4", "--clock=3",
+                   "--updates=3", "--batch_size=2", "--dtype=bf16", "--device=cpu", f"--out={out}")
+    assert ran.status == 0, ran.stderr
+    told = json.loads(out.read_text())
+    least = 2 * 4 * told["seconds_per_trajectory_step"] + 2 * told["seconds_per_update"]
+    assert told["seconds"] > least > 0
+    assert told["processor_seconds"] > 2 * 4 * told["processor_seconds_per_trajectory_step"] > 0
+    assert 0 < told["ratio"] < 10
+    assert told["parameters"]["network"] < 20e6
+    assert told["machine"]
+    assert told["peak_memory_mib"] is None or told["peak_memory_mib"] > 2 * told["parameters"]["network"] / 2**20
+    table = adaptor_speed.read_table([out])
+    assert ran.stdout.strip() == table
+    assert "| 8 x 8 | bf16 | resnet, " in table
+    assert "| 3 | 2 x 4 | " in table
+
+    words = shlex.split(told["command"])
+    assert words[:3] == ["python", "-m", "libs.distillation.adaptor_speed"]
+    other = tmp_path / "again.json"
+    ran = run_main(adaptor_speed.main, *words[3:], f"--out={other}")
+    assert ran.status == 0, ran.stderr
+    again = json.loads(other.read_text())
+    assert (again["ratio"], again["settings"]) == (told["ratio"], told["settings"])
+
+
+@pytest.mark.parametrize(("flag", "line"), [
+    ("--latent=12", "--latent=12 must be a multiple of 8"),
+    ("--width=huge", "--width=huge: want one of full, small, tiny"),
+    ("--out=speed.txt", "--out=speed.txt must end in .json"),
+    ("--steps=2 --clock=2 --adaptor=linear", "--adaptor=linear: want one of resnet, unet, unet_light"),
+])
+def test_bad_flags_of_the_adaptor_in_one_line(flag, line, run_main):
+    ran = run_main(adaptor_speed.main, "--width=tiny", *flag.split())
+    assert ran.status == 2
+    assert ran.stderr.startswith(f"error: {line}")
+    assert ran.stderr.count("\n") == 1
+
+
+def test_what_is_no_result_of_the_adaptor(tmp_path):
+    (tmp_path / "none.json").write_text('{"settings": {}}')
+    with pytest.raises(UserError, match=r"none.json is no result of libs.distillation.adaptor_speed"):
+        adaptor_speed.read_table([tmp_path / "none.json"])

@@ -1,5 +1,9 @@
 """Caching policies in one denoising loop after another: other settings, broken and own loops, parallel decoding."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -8,7 +12,7 @@ import torch
 from absl import logging
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 from small_pipeline import close, image, small, small_image_to_image, small_unet, swap_scheduler
-from tiny_pipelines import CROSS, TOKENS, controlnet
+from tiny_pipelines import CROSS, TOKENS, controlnet, sdxl
 
 from libs.errors import UserError
 from libs.pipelines import Clockwork, EncoderPropagation, apply_policy
@@ -79,6 +83,54 @@ def test_two_pipelines_around_one_unet_do_not_share_features(policy, stop):
     fresh, _ = small()
     with apply_policy(fresh, POLICIES[policy]):
         assert torch.equal(after, second(fresh, kwargs))
+
+
+def test_a_loop_that_stops_for_a_refiner():
+    """SDXL's `denoising_end`: the loop's last step is the pipeline's, not that of its scheduler's list."""
+    pipe, kwargs = sdxl()
+    clockwork = Clockwork(9, protect_last=1)
+    parallel = EncoderPropagation("every:9", parallel=True)
+    for end, steps in ((0.6, 3), (None, 6), (0.6, 3)):
+        with apply_policy(pipe, clockwork) as handle:
+            image(pipe, kwargs, num_inference_steps=6, denoising_end=end)
+            assert pipe.num_timesteps == steps
+            assert (handle.stats()["full_calls"], handle.stats()["reuse_calls"]) == (2, steps - 2)
+        with apply_policy(pipe, parallel) as handle:
+            image(pipe, kwargs, num_inference_steps=6, denoising_end=end)
+            assert (handle.stats()["decoded_steps"], handle.stats()["reuse_calls"]) == (steps - 1, steps - 1)
+
+
+# In other processes
+
+MAKE = """
+import sys
+import torch
+torch.set_num_threads(1)
+from test_pipeline_loops import made
+torch.save(made([int(sys.argv[1])]), sys.argv[2])
+"""
+
+
+def made(seeds: list[int]) -> list[list[torch.Tensor]]:
+    """The images of some seeds in a row, by each policy."""
+    images = []
+    for policy in POLICIES.values():
+        pipe, kwargs = small()
+        with apply_policy(pipe, policy):
+            images.append([image(pipe, kwargs, seed) for seed in seeds])
+    return images
+
+
+def test_two_images_in_a_row_are_those_of_two_fresh_processes(tmp_path):
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    for seed in (0, 1):
+        subprocess.run([sys.executable, "-c", MAKE, str(seed), tmp_path / f"{seed}.pt"], check=True,
+                       env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+    alone = [torch.load(tmp_path / f"{seed}.pt") for seed in (0, 1)]
+    for in_a_row, first, second in zip(made([0, 1]), *alone, strict=True):
+        assert torch.equal(in_a_row[0], *first)
+        assert torch.equal(in_a_row[1], *second)
+        assert not torch.equal(*in_a_row)
 
 
 # Loops that users write themselves

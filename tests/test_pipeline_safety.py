@@ -1,5 +1,7 @@
 """Caching policies beside what else users put on a pipeline, and the one line that they get for what cannot be."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -169,15 +171,49 @@ def test_disable_may_be_called_twice():
 
 
 def test_features_are_freed_when_an_image_is_done():
-    for policy in POLICIES.values():
+    for policy in (*POLICIES.values(), Clockwork(2, cut="before")):
         pipe, kwargs = small()
         with apply_policy(pipe, policy) as handle:
             image(pipe, kwargs)
             assert not handle.cache.branches
             assert not any(hook.memory is not None or hook.fresh is not None for hook in handle.cache.site_hooks)
+            deep = handle.cache.deep
+            assert (deep is not None and deep.capture is not None) == (getattr(policy, "cut", None) == "before")
+            assert deep is None or deep.capture is None or deep.capture.seen is None
+
+
+def test_the_upsamplers_input_is_let_go_at_once():
+    """What `cut="before"` notes of a full call does not outlive it, and a call that broke off leaves it to `reset`."""
+    pipe, kwargs = small()
+
+    def broken(module, args):
+        raise RuntimeError("broken")
+
+    with apply_policy(pipe, Clockwork(2, cut="before")) as handle:
+        capture, held = handle.cache.deep.capture, []
+
+        def look(*_):
+            held.append(capture.seen)
+            return {}
+
+        image(pipe, kwargs, callback_on_step_end=look)
+        assert held == [None] * 6
+        upsampler = handle.cache.deep.upsamplers[0]
+        with (upsampler.conv.register_forward_pre_hook(broken), pytest.raises(RuntimeError, match="broken")):
+            image(pipe, kwargs)
+        assert capture.seen is not None
+        handle.cache.reset()
+        assert capture.seen is None
 
 
 # Refusals
+
+HERE = {"c_in": 16, "c_out": 32, "temb_dim": 64}  # of `small_unet` at depth 1
+
+
+def resnet(**sizes) -> torch.nn.Module:
+    return make_adaptor("resnet", **HERE | sizes, width=16)
+
 
 def in_one_line(make, words: str):
     with pytest.raises(UserError, match=words) as caught:
@@ -187,16 +223,28 @@ def in_one_line(make, words: str):
 
 @pytest.mark.parametrize(("make", "words"), [
     (lambda: Clockwork(0), r"policy\.clock=0 must be at least 1"),
+    (lambda: Clockwork(clock="4"), r"policy\.clock='4' must be a whole number"),
+    (lambda: Clockwork(clock=2.5), r"policy\.clock=2\.5 must be a whole number"),
+    (lambda: Clockwork(clock=True), r"policy\.clock=True must be a whole number"),
+    (lambda: Clockwork(depth=None), r"policy\.depth=None must be a whole number"),
     (lambda: Clockwork(depth=-1), r"policy\.depth=-1"),
     (lambda: Clockwork(protect_first=-1), r"policy\.protect_first=-1"),
     (lambda: Clockwork(cut="sideways"), "policy.cut='sideways'.*choose from auto, before, after"),
     (lambda: Clockwork(adaptor="gone.safetensors"), "policy.adaptor='gone.safetensors': no such file"),
+    (lambda: Clockwork(adaptor=Path("gone.safetensors")), "policy.adaptor='gone.safetensors': no such file"),
+    (lambda: Clockwork(adaptor=torch.nn.Linear(2, 2)), "policy.adaptor: an object of class Linear is no adaptor"),
+    (lambda: Clockwork(adaptor=2), "policy.adaptor: an object of class int is no adaptor; choose"),
+    (lambda: EncoderPropagation(4), "policy.key_steps=4 must be a string: every:4, a list such as 0,1,2,3,5,10, or"),
+    (lambda: EncoderPropagation([0, 1, 2]), r"policy.key_steps=\[0, 1, 2\] must be a string: every:4"),
     (lambda: EncoderPropagation("1,2"), "policy.key_steps='1,2': step 0 must be a key step"),
     (lambda: EncoderPropagation("every:0"), "policy.key_steps='every:0': the interval must be at least 1"),
     (lambda: EncoderPropagation("often"), "policy.key_steps='often' is unknown; write every:4"),
     (lambda: EncoderPropagation("0,-1"), "policy.key_steps='0,-1'"),
     (lambda: EncoderPropagation(""), "policy.key_steps=''"),
     (lambda: EncoderPropagation(max_parallel=0), r"policy\.max_parallel=0"),
+    (lambda: EncoderPropagation(max_parallel=2.5), r"policy\.max_parallel=2\.5 must be a whole number"),
+    (lambda: EncoderPropagation(prior_noise="0.003"), r"policy\.prior_noise='0\.003' must be a number"),
+    (lambda: EncoderPropagation(prior_noise=float("nan")), r"policy\.prior_noise=nan must be finite"),
     (lambda: EncoderPropagation(prior_noise=-1.0), r"policy\.prior_noise=-1\.0"),
     (lambda: EncoderPropagation(prior_from=2.0), r"policy\.prior_from=2\.0"),
 ])
@@ -228,12 +276,13 @@ def test_depth_that_the_unet_does_not_have():
 
 def test_second_policy_on_one_unet():
     pipe, kwargs = small()
-    with apply_policy(pipe, Clockwork(2)):
-        expected = image(pipe, kwargs)
-        for policy in (Clockwork(4), EncoderPropagation(prior_noise=0.1)):
-            refused(pipe, policy, r"UNet2DConditionModel has a caching policy already \(Clockwork\(clock=2.*disable",
-                    pipe.unet)
-        assert torch.equal(image(pipe, kwargs), expected)
+    for adaptor, named in (("identity", "identity"), (resnet(), "ResNetAdaptor")):
+        with apply_policy(pipe, Clockwork(2, adaptor=adaptor)):
+            expected = image(pipe, kwargs)
+            for policy in (Clockwork(4), EncoderPropagation(prior_noise=0.1)):
+                refused(pipe, policy, rf"UNet2DConditionModel has a caching policy already \(Clockwork\(clock=2, .*"
+                        rf"adaptor='{named}', .*\); disable", pipe.unet)
+            assert torch.equal(image(pipe, kwargs), expected)
 
 
 def test_second_policy_on_one_controlnet():
@@ -274,7 +323,7 @@ def test_key_steps_beyond_the_loop():
 
 def test_adaptors_of_another_unet(tmp_path):
     pipe, kwargs = small()
-    here = {"depth": 1, "cut": "before", "c_in": 16, "c_out": 32, "temb_dim": 64}
+    here = {"depth": 1, "cut": "before", **HERE}
     files = {
         "good": {},
         "depth=2": {"depth": 2},
@@ -287,12 +336,12 @@ def test_adaptors_of_another_unet(tmp_path):
     for name, other in files.items():
         made_for = here | other
         stem = made_for.pop("stem", pipe.unet.conv_in.weight)
-        sizes = [made_for[key] for key in ("c_in", "c_out", "temb_dim")]
-        save_adaptor(tmp_path / f"{name}.safetensors", make_adaptor("resnet", *sizes, width=16), "resnet",
-                     {"width": 16}, made_for, stem)
-        policy = Clockwork(2, adaptor=str(tmp_path / f"{name}.safetensors"))
+        path = str(tmp_path / f"{len(name)} {name.partition('=')[0]}.safetensors")  # which does not say what is wrong
+        save_adaptor(path, resnet(**{key: made_for[key] for key in HERE}), "resnet", {"width": 16}, made_for, stem)
+        policy = Clockwork(2, adaptor=path)
+        assert f"adaptor={path!r}" in repr(policy)
         if name != "good":
-            refused(pipe, policy, f"policy.adaptor was made for .*{name}", pipe.unet)
+            refused(pipe, policy, f"^policy.adaptor={re.escape(repr(path))} was made for {name}", pipe.unet)
             continue
         with apply_policy(pipe, policy) as handle:
             untrained = image(pipe, kwargs)
@@ -300,5 +349,12 @@ def test_adaptors_of_another_unet(tmp_path):
     with apply_policy(pipe, Clockwork(2, cut="before")):  # which every adaptor is before it is trained
         assert torch.equal(image(pipe, kwargs), untrained)
     in_one_line(lambda: Clockwork(adaptor=policy.adaptor, cut="after"), "policy.cut='after': a ResNetAdaptor needs")
+    for field, other in {"c_in": 8, "c_out": 64, "temb_dim": 128}.items():  # handed over as a module
+        refused(pipe, Clockwork(2, adaptor=resnet(**{field: other})),
+                f"policy.adaptor: this ResNetAdaptor has {field}={other}, but here {field}={HERE[field]}", pipe.unet)
+    refused(pipe, Clockwork(2, depth=2, adaptor=resnet()), "policy.adaptor: this ResNetAdaptor has c_in=16", pipe.unet)
+    refused(pipe, Clockwork(2, adaptor=make_adaptor("ridge", 16, 64, 64)), "this RidgeAdaptor has c_out=64", pipe.unet)
+    with apply_policy(pipe, Clockwork(2, adaptor=resnet())):
+        assert torch.equal(image(pipe, kwargs), untrained)
     save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
     in_one_line(lambda: Clockwork(adaptor=str(tmp_path / "weights.safetensors")), "holds no adaptor")

@@ -222,6 +222,7 @@ def test_clock_counts_from_the_end_of_what_is_protected():
 
 @pytest.mark.parametrize(("section", "named"), [
     ({"name": "clockwork", "clock": 0}, "policy.clock=0 must be at least 1"),
+    ({"name": "clockwork", "clock": "4"}, "policy.clock='4' must be a whole number"),
     ({"name": "clockwork", "depth": -1}, "policy.depth=-1"),
     ({"name": "clockwork", "depth": 3}, "policy.depth=3: this UNet2D has 3 levels; choose from 1, 2"),
     ({"name": "clockwork", "cut": "middle"}, "policy.cut='middle' is unknown; choose from auto, before, after"),

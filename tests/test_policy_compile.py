@@ -27,8 +27,11 @@ def wrapped(pipe) -> None:
 
 @pytest.mark.parametrize(("policy", "expected", "compiled", "first"), [
     (Clockwork(4, adaptor="extrapolation"), 2, in_place, True),
+    (Clockwork(4, cut="before"), 2, wrapped, False),
     (EncoderPropagation("every:4"), 2, wrapped, False),
     (EncoderPropagation("every:4", parallel=True, max_parallel=2), 3, wrapped, True),  # windows of two steps and of one
+    (EncoderPropagation("paper", parallel=True, max_parallel=4), 3, in_place, False),  # windows of one to four steps
+    (EncoderPropagation("paper", parallel=True), 4, in_place, False),  # of one, four, nine and fourteen
 ])
 def test_graphs(policy, expected, compiled, first):
     """One graph for full calls and one for those that reuse, whether compiled before or after, also in a second image.
@@ -48,8 +51,10 @@ def test_graphs(policy, expected, compiled, first):
         if not first:
             compiled(pipe)
         made = [image(pipe, kwargs, seed) for seed in (0, 1)]
-        assert handle.stats()["full_calls"] == 2 * 13
-        assert handle.stats()["reuse_calls"] == 2 * 37
+        keys = sum(policy.is_full(i, STEPS) for i in range(STEPS))
+        assert keys == (9 if getattr(policy, "key_steps", "") == "paper" else 13)
+        assert handle.stats()["full_calls"] == 2 * keys
+        assert handle.stats()["reuse_calls"] == 2 * (STEPS - keys)
     assert graphs() - before == expected
     assert sum(counters["graph_break"].values()) == 1
     for a, b in zip(made, eager, strict=True):

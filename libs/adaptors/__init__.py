@@ -5,6 +5,7 @@ of the features. Its class says
     uses  the fields of DeepFeatures that it reads; only those need be kept
     cut   where r_out is taken: "before" the upsampler of the last deep block, where r_in and r_out are of one
           size, or "any"
+and it may say of which UNet it is: sizes, of c_in, c_out and temb_dim those that decide its own.
 All of them start as the identity adaptor of the paper, which hands back the features of the last step.
 Files: `adaptors.files`.
 """

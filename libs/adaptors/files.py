@@ -72,25 +72,37 @@ def load_adaptor(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return adaptor.eval(), made_for | {"stem": stem}
 
 
-def check_adaptor(made_for: Mapping[str, Any], depth: int, cut: str, c_in: int, c_out: int, temb_dim: int,
-                  stem: Tensor | None = None) -> None:
+def check_adaptor(path: str | Path, made_for: Mapping[str, Any], depth: int, cut: str, c_in: int, c_out: int,
+                  temb_dim: int, stem: Tensor | None = None) -> None:
     """Raise UserError if an adaptor was made for another UNet than this one, or for another cut through it.
 
-    made_for: of `load_adaptor`; the rest describes this UNet. stem: weight of its first convolution, (c, 3, 3, 3)
+    path, made_for: of `load_adaptor`; the rest describes this UNet. stem: weight of its first convolution, (c, 3, 3, 3)
     or so; compared where both sides have one.
     """
+    source = f"{FIELD}={str(path)!r}"
     here = {"depth": depth, "cut": cut, "c_in": c_in, "c_out": c_out, "temb_dim": temb_dim}
     for field, value in here.items():
         if made_for[field] != value and not (field == "cut" and made_for[field] == "any"):
-            raise UserError(f"{FIELD} was made for {field}={made_for[field]!r}, but here {field}={value!r}")
+            raise UserError(f"{source} was made for {field}={made_for[field]!r}, but here {field}={value!r}")
     held = made_for.get("stem")
     if held is None or stem is None:
         return
     if held.shape != stem.shape:
-        raise UserError(f"{FIELD} was made for another UNet: its first convolution is {tuple(held.shape)}, "
+        raise UserError(f"{source} was made for another UNet: its first convolution is {tuple(held.shape)}, "
                         f"here {tuple(stem.shape)}")
     held, stem = (each.detach().to("cpu", torch.float32) for each in (held, stem))
     difference = float((stem - held).norm() / held.norm())
     if not difference <= TOLERANCE:
-        raise UserError(f"{FIELD} was made for another UNet: its first convolution differs by {difference:.1%}, "
+        raise UserError(f"{source} was made for another UNet: its first convolution differs by {difference:.1%}, "
                         f"{TOLERANCE:.0%} allowed")
+
+
+def check_sizes(adaptor: nn.Module, here: Mapping[str, int]) -> None:
+    """Raise UserError if an adaptor that was handed over as a module has other sizes than this UNet's.
+
+    here: c_in, c_out and temb_dim of this UNet. Of an adaptor without `sizes`, one of the user's own, nothing is known.
+    """
+    for field, value in getattr(adaptor, "sizes", {}).items():
+        if value != here[field]:
+            raise UserError(f"{FIELD}: this {type(adaptor).__name__} has {field}={value}, but here {field}="
+                            f"{here[field]}")

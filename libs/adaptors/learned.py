@@ -67,6 +67,7 @@ class LearnedAdaptor(nn.Module, ABC):
                 raise UserError(f"adaptor {name}={value}: want at least 1")
         if width < 2 or width % 2:
             raise UserError(f"adaptor width={width}: want an even number of channels")
+        self.sizes = {"c_in": c_in, "c_out": c_out, "temb_dim": temb_dim}
 
     def start_at_identity(self) -> None:
         nn.init.zeros_(self.last.weight)

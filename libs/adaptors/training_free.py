@@ -48,6 +48,7 @@ class RidgeAdaptor(nn.Module):
         for name, value in {"c_in": c_in, "c_out": c_out}.items():
             if value < 1:
                 raise UserError(f"adaptor {name}={value}: want at least 1")
+        self.sizes = {"c_in": c_in, "c_out": c_out}
         self.map = nn.Conv2d(c_in, c_out, 1)
         nn.init.zeros_(self.map.weight)
         nn.init.zeros_(self.map.bias)

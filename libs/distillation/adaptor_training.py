@@ -107,7 +107,7 @@ class AdaptorTraining:
             while not self.finished and not self.stop:
                 if self.step % updates == 0 and not self._next_round(self.step // updates):
                     break
-                self._update()
+                self.update()
                 self.bar.update()
                 self._look_up()
                 if self.step % section.log_every == 0 or self.finished or self.stop:
@@ -162,8 +162,8 @@ class AdaptorTraining:
             learned, identity = self.processes.sum(sums).tolist()
         return learned / identity
 
-    def _update(self) -> None:
-        """One optimizer update on one global batch, of which every process takes its share."""
+    def update(self) -> None:
+        """One optimizer update, the round drawn, on one global batch, of which every process takes its share."""
         step, section = self.step, self.train_section
         rate = learning_rate(step, section.steps, section.lr, section.warmup, section.decay_from)
         for group in self.optimizer.param_groups:

@@ -115,7 +115,7 @@ class Recorder(Deep):
 
     @torch.compiler.disable
     def _note(self, r_in: Tensor, temb: Tensor) -> None:
-        self.calls.append((r_in, self.capture.seen, temb))
+        self.calls.append((r_in, self.capture.take(), temb))
 
 
 class Trajectories:

@@ -23,7 +23,8 @@ class Handle:
         if not isinstance(unet, nn.Module):
             raise UserError(f"{type(pipe).__name__} has no UNet, so {type(settings).__name__} cannot serve it; what "
                             "applies to it are few-step students (distillation) and fewer steps of its sampler")
-        clock = TimestepsClock(lambda: getattr(getattr(pipe, "scheduler", None), "timesteps", None))
+        clock = TimestepsClock(lambda: getattr(getattr(pipe, "scheduler", None), "timesteps", None),
+                               lambda: steps_of_part(pipe))
         self.cache = settings.attach(unet, clock)
         try:
             if isinstance(settings, EncoderPropagation):
@@ -48,6 +49,13 @@ class Handle:
 
     def __exit__(self, *error) -> None:
         self.disable()
+
+
+def steps_of_part(pipe: Any) -> int | None:
+    """The steps of a pipeline that makes only the first part of an image (SDXL's `denoising_end`, for a refiner); None
+    of one that goes on to the end of its scheduler's list.
+    """
+    return None if getattr(pipe, "denoising_end", None) is None else pipe.num_timesteps
 
 
 def apply_policy(pipe: Any, settings: Settings) -> Handle:

@@ -65,7 +65,7 @@ class PriorNoise:
         """Whether the step that comes next is a grid point below `prior_from`."""
         values, place = self.clock.values(), self.clock.place + 1
         limit = self.settings.prior_from * self.scheduler.config.num_train_timesteps
-        if place >= len(values) or values[place] >= limit:
+        if place >= self.clock.end or values[place] >= limit:
             return False
         if not getattr(self.scheduler, "state_in_first_order", True):  # midway through a second-order step
             return False

@@ -58,10 +58,12 @@ class TimestepsClock:
     `branch` is None until the next loop.
 
     timesteps   gives the scheduler's tensor; None if there is no scheduler to ask
+    steps       gives the number of steps after which the caller ends the loop; None for all to the end of the list
     """
 
-    def __init__(self, timesteps: Callable[[], Tensor | None] | None = None):
-        self._ask = timesteps
+    def __init__(self, timesteps: Callable[[], Tensor | None] | None = None,
+                 steps: Callable[[], int | None] | None = None):
+        self._ask, self._ask_steps = timesteps, steps
         self.on_call: Callable[[], None] | None = None  # called before each look at the list
         self._vouched = False  # whether the list is that scheduler's
         self.loop = 0
@@ -101,7 +103,15 @@ class TimestepsClock:
             branch = None
         if timesteps is None:
             return Position(self.loop, self._index, branch, None, None)
-        return Position(self.loop, self._index, branch, len(timesteps) - self.start, timesteps[self.start:])
+        return Position(self.loop, self._index, branch, self.end - self.start, timesteps[self.start:self.end])
+
+    @property
+    def end(self) -> int:
+        """Place behind the loop's last step."""
+        length = len(self.timesteps)
+        steps = self._ask_steps() if self._vouched and self._ask_steps is not None else None
+        end = length if steps is None else min(length, self.start + steps)
+        return end if self.place < end else length  # the number was another loop's
 
     def _list_of(self, timestep: Tensor | float) -> Tensor | None:
         known = self._ask() if self._ask is not None else None

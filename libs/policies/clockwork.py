@@ -1,13 +1,14 @@
 """Clockwork (2312.08128): the low-resolution part of a UNet runs every few steps and is stood in for between."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..adaptors import Extrapolation
-from ..adaptors.files import check_adaptor, load_adaptor
-from ..errors import UserError, choose
+from ..adaptors.files import FIELD, check_adaptor, check_sizes, load_adaptor
+from ..errors import UserError, choose, whole_number
 from .hooks import Deep, Drop, Mode, SiteHook
 from .sites import Sites, deep_sizes
 from .step_cache import StepCache
@@ -33,7 +34,7 @@ class Clockwork:
 
     clock: int = 2
     depth: int = 0
-    adaptor: str | nn.Module = "identity"
+    adaptor: str | Path | nn.Module = "identity"
     protect_first: int = 0
     protect_last: int = 0
     cut: str = "auto"
@@ -42,22 +43,32 @@ class Clockwork:
     max_parallel = 0
 
     def __post_init__(self):
-        if self.clock < 1:
-            raise UserError(f"policy.clock={self.clock} must be at least 1 (1 runs every step in full)")
+        whole_number("policy.clock", self.clock, 1, " (1 runs every step in full)")
         for name in ("depth", "protect_first", "protect_last"):
-            if getattr(self, name) < 0:
-                raise UserError(f"policy.{name}={getattr(self, name)} must not be negative")
+            whole_number(f"policy.{name}", getattr(self, name), 0)
         choose("policy.cut", self.cut, CUTS)
         if self.adaptor == "extrapolation":
             object.__setattr__(self, "adaptor", Extrapolation())
-        elif isinstance(self.adaptor, str) and self.adaptor != "identity":
-            adaptor, adaptor.made_for = load_adaptor(self.adaptor)
+        elif isinstance(self.adaptor, str | Path) and self.adaptor != "identity":
+            adaptor, made_for = load_adaptor(self.adaptor)
+            adaptor.file, adaptor.made_for = str(self.adaptor), made_for
             object.__setattr__(self, "adaptor", adaptor)
+        elif self.adaptor != "identity" and not (isinstance(self.adaptor, nn.Module) and hasattr(self.adaptor, "uses")):
+            kind = type(self.adaptor).__name__
+            raise UserError(f"{FIELD}: an object of class {kind} is no adaptor; choose from identity, extrapolation, a "
+                            "file, or a module of libs.adaptors")
         needs = getattr(self.adaptor, "cut", "any")
         if self.cut == "auto":
             object.__setattr__(self, "cut", "after" if needs == "any" else needs)
         elif needs not in ("any", self.cut):
             raise UserError(f"policy.cut={self.cut!r}: a {type(self.adaptor).__name__} needs cut={needs!r}")
+
+    def __repr__(self) -> str:
+        """On one line, as an adaptor's own is not."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.adaptor, nn.Module):
+            values["adaptor"] = getattr(self.adaptor, "file", type(self.adaptor).__name__)
+        return f"Clockwork({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
     def is_full(self, index: int, total: int | None) -> bool:
         if index < self.protect_first:
@@ -84,9 +95,11 @@ class Clockwork:
             if parts.time_token is not None:
                 raise UserError(f"policy.adaptor: a {type(adaptor).__name__} is made for UNets; a U-ViT takes identity "
                                 "or extrapolation")
-            made_for = getattr(adaptor, "made_for", None)  # of an adaptor from a file
-            if made_for is not None:
-                check_adaptor(made_for, depth, self.cut, **deep_sizes(net, parts, depth), stem=net.conv_in.weight)
+            here = deep_sizes(net, parts, depth)
+            if hasattr(adaptor, "made_for"):  # it came from a file
+                check_adaptor(adaptor.file, adaptor.made_for, depth, self.cut, **here, stem=net.conv_in.weight)
+            else:
+                check_sizes(adaptor, here)
         last = len(parts.decoder) - depth - 1
         dropped = [*parts.encoder[depth:], *filter(None, [parts.middle]), *parts.decoder[:last]]
         deep = parts.decoder[last]

@@ -1,14 +1,16 @@
 """Faster Diffusion (2312.09608): the encoder runs on key steps only, its features serve the steps between."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..denoiser import rows
-from ..errors import UserError
+from ..errors import UserError, whole_number
 from .hooks import Mode, Replay, ReplayTokens, SiteHook
 from .key_steps import check_key_steps, key_steps
 from .sites import Sites
@@ -38,10 +40,12 @@ class EncoderPropagation:
 
     def __post_init__(self):
         check_key_steps(self.key_steps)
-        if self.max_parallel < 1:
-            raise UserError(f"policy.max_parallel={self.max_parallel} must be at least 1")
-        if self.prior_noise < 0:
-            raise UserError(f"policy.prior_noise={self.prior_noise} must not be negative")
+        whole_number("policy.max_parallel", self.max_parallel, 1)
+        for name in ("prior_noise", "prior_from"):
+            if not isinstance(getattr(self, name), Real):
+                raise UserError(f"policy.{name}={getattr(self, name)!r} must be a number")
+        if not 0 <= self.prior_noise < math.inf:
+            raise UserError(f"policy.prior_noise={self.prior_noise} must be finite and not negative")
         if not 0 <= self.prior_from <= 1:
             raise UserError(f"policy.prior_from={self.prior_from} must lie between 0 and 1")
 

@@ -29,7 +29,7 @@ class Full:
         """
 
     def start(self, times: Tensor, rows_per_image: int = 1) -> None:
-        """A new denoising loop: forget all of the previous one.
+        """A new denoising loop: forget all of the previous one. Its conditions stay the same to its end.
 
         times: (nfe,) on the host, the network's timesteps of the coming calls, in order; call i is step i.
         rows_per_image: 2 under guidance, where row i and row i + b belong to one image; else 1.

@@ -108,7 +108,7 @@ class Deep(SiteHook):
         super().__init__(mode)
         self.adaptor = adaptor
         self.upsamplers = list(getattr(block, "upsamplers", None) or ()) if cut == "before" else []
-        self.capture = Capture() if self.upsamplers else None
+        self.capture = Capture(mode) if self.upsamplers else None
         self._places = {name: i for i, name in enumerate(inspect.signature(block.forward).parameters)}
 
     def new_forward(self, module: nn.Module, *args, **kwargs):
@@ -129,7 +129,7 @@ class Deep(SiteHook):
                 r_out = upsampler(r_out, self._argument(second, args, kwargs))
             return r_out
         out = self.run(*args, **kwargs)
-        r_out = self.capture.seen if self.capture is not None else out.clone()
+        r_out = self.capture.take() if self.capture is not None else out.clone()
         self.fresh = r_out, r_in
         return out
 
@@ -139,14 +139,20 @@ class Deep(SiteHook):
 
 
 class Capture(ModelHook):
-    """Keeps the first argument of a module's last call: what the upsampler was given."""
+    """Holds the first argument of a module in a full call until it is taken: what the upsampler was given."""
 
-    def __init__(self):
+    def __init__(self, mode: Mode):
         super().__init__()
+        self.mode = mode
         self.seen: Tensor | None = None
 
+    def take(self) -> Tensor | None:
+        seen, self.seen = self.seen, None
+        return seen
+
     def new_forward(self, module: nn.Module, *args, **kwargs):
-        self.seen = args[0] if args else kwargs["hidden_states"]
+        if not self.mode.reuse:
+            self.seen = args[0] if args else kwargs["hidden_states"]
         return self.fn_ref.original_forward(*args, **kwargs)
 
 

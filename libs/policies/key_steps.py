@@ -6,6 +6,8 @@
     NAME           another published list, see PUBLISHED
 """
 
+from typing import Any
+
 from ..errors import UserError
 
 # Step indices from 0. The paper counts down from T.
@@ -21,10 +23,13 @@ PUBLISHED: dict[str, tuple[int, tuple[int, ...]]] = {  # name -> (steps that the
     "s2": (50, tuple(i for i in range(50) if i < 20 or i > 40 or i % 2 == 0)),  # IF, stage 2
     "pro": (75, (0, 2, 5, 9, 14, 20, 27, 35, 44, 54, 65)),  # IF, stage 3
 }
+FORMS = f"every:4, a list such as 0,1,2,3,5,10, or one of paper, {', '.join(PUBLISHED)}"
 
 
-def check_key_steps(text: str) -> None:
+def check_key_steps(text: Any) -> None:
     """Raise a UserError if `text` is no description of key steps, for whatever number of steps."""
+    if not isinstance(text, str):
+        raise UserError(f"policy.key_steps={text!r} must be a string: {FORMS}")
     key_steps(text, None)
 
 
@@ -69,6 +74,5 @@ def _scaled(made_for: int, steps: tuple[int, ...], total: int | None, dense: int
 
 def _number(part: str, text: str) -> int:
     if not part.strip().isdigit():
-        raise UserError(f"policy.key_steps={text!r} is unknown; write every:4, a list such as 0,1,2,3,5,10, or one of "
-                        f"paper, {', '.join(PUBLISHED)}")
+        raise UserError(f"policy.key_steps={text!r} is unknown; write {FORMS}")
     return int(part)

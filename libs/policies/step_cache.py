@@ -135,6 +135,8 @@ class StepCache(Full):
         self.branches.clear()
         for hook in self.site_hooks:
             hook.memory = hook.fresh = None
+        if self.deep is not None and self.deep.capture is not None:
+            self.deep.capture.take()  # left there by a call that broke off
         for control in self.controls:
             control.memory.clear()
 
@@ -359,7 +361,11 @@ class StepCache(Full):
                    f"max_parallel={self.window}")
 
     def _same_condition(self, given: dict, branch: Branch) -> bool:
-        """Whether the outputs made ahead are still those of this call; if a callback changed the prompt, they go."""
+        """Whether the outputs made ahead are still those of this call; if a callback changed the prompt, they go.
+
+        `start` announces a loop of one condition, so there only shapes are looked at: values would make the host wait
+        for the device, since guidance and casts put the condition together anew at each call.
+        """
         same = all(map(equal, branch.condition, self._condition(given)))
         if not same:
             branch.outputs.clear()
@@ -373,11 +379,13 @@ class StepCache(Full):
     def _condition(self, given: dict) -> tuple[Any, ...]:
         """What an output depends on beside the features and the time.
 
-        Of residuals that are made anew for each step only the shapes, lest the host waits for the device to compare
-        them: an adapter's are copies of one another, and a ControlNet that we replay tells when they change.
+        Of what is made anew for each step only the shapes, lest the host waits for the device to compare it: an
+        adapter's residuals are copies of one another, and a ControlNet that we replay tells when they change.
         """
         made_anew = {"down_intrablock_additional_residuals"}
-        if self.controls:
+        if isinstance(self.clock, AnnouncedClock):
+            made_anew.update(BATCHED)
+        elif self.controls:
             made_anew |= {"down_block_additional_residuals", "mid_block_additional_residual"}
         return tuple(tensor_map(lambda x: x.shape, given.get(name)) if name in made_anew else given.get(name)
                      for name in BATCHED)
