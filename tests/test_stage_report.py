@@ -194,6 +194,8 @@ def test_what_changed_is_made_again(reported, tmp_path, monkeypatch):
     (tmp_path / "pairs/steps_0002.png").unlink()
     add(more, reported.students[4], moved, 2)
     assert len(made) == 9
+    add(more, (moved[0], reported.students[4][1]), moved, 2)  # another teacher, of the same settings
+    assert len(made) == 11
 
 
 @pytest.mark.parametrize("images", [0, IMAGES])

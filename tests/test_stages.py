@@ -1,6 +1,7 @@
 """Progressive distillation in stages, through distillate.py."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -215,6 +216,33 @@ def test_more_stages_go_on_from_the_last(teacher, students, tmp_path, run_main):
         assert all(f"{name}: 4 updates" in ran.stderr for name in seen)
     one, other = (weights(folder / "steps_0004") for folder in (students, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_students_of_what_a_teacher_was_are_refused(teacher, students, tmp_path, run_main):
+    """A stage that is trained on is no longer what the next one learned from."""
+    run, last = tmp_path / "run", tmp_path / "run/steps_0004"
+    shutil.copytree(students, run)
+    argv = (DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={run}")
+    longer = (*argv, "--config.distill.updates=6,4")
+    ran = run_main(distillate.main, *longer)
+    assert (ran.status, f"--config.distill.updates=6: {last} learned from steps_0008 after 4 updates; remove that" in
+            ran.stderr) == (2, True), ran.stderr
+    assert Checkpoints(run / "steps_0008/ckpts").steps() == [2, 4]  # nothing was trained
+    shutil.rmtree(last)
+    assert run_main(distillate.main, *longer).status == 0
+    assert not torch.equal(weights(last)["pos_embed"], weights(students / "steps_0004")["pos_embed"])
+    pair = (run / "pairs/steps_0004.png").read_bytes()
+    assert pair != (students / "pairs/steps_0004.png").read_bytes()
+
+    shutil.rmtree(last)
+    shutil.copytree(students / "steps_0004", last)  # of the shorter stage
+    ran = run_main(distillate.main, *longer)
+    assert (ran.status, f"{last} learned from other weights than steps_0008 has now; remove that folder" in
+            ran.stderr) == (2, True), ran.stderr
+    held = json.loads((last / "config.json").read_text())
+    assert held.pop("start_weights")
+    (last / "config.json").write_text(json.dumps(held))  # as before digests were kept: it cannot tell
+    assert run_main(distillate.main, *longer).status == 0
 
 
 def test_other_settings_are_refused_in_a_run_that_began(students, teacher, run_main):

@@ -38,6 +38,7 @@ from ..schedule import make_schedule
 from ..seeds import parse_labels
 from ..training.batches import OF_DATA, load_training_data, show_data
 from ..training.quality import score
+from ..weights import weights_digest
 from .progressive import student_sampler
 from .quality_curve import DDIM, DPM_SOLVER_PP, LABELS, STUDENT, draw, report_text
 from .student import make_guidance
@@ -114,14 +115,6 @@ def reference_steps(base: Mapping[str, Any]) -> int:
     return min([REFERENCE, *filter(None, own)])
 
 
-def weights_digest(net: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, each in net.state_dict().items():
-        digest.update(f"{name} {each.dtype} {tuple(each.shape)}\n".encode())
-        digest.update(each.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 class StageReport:
     """Reports into `workdir`; `distill.report_images` images are scored, seeds 0, 1, ..., and for 0 nothing is.
 
@@ -151,8 +144,8 @@ class StageReport:
         sampling = sample_student(self.config, model, steps)
         weights = weights_digest(model[0]) if self.processes.is_main else ""
         if self.processes.is_main and self.config.distill.pair_images:
-            self._picture(name, steps, weights, {above: sample_teacher(self.config, taught, double, model[1]),
-                                                 below: sampling})
+            self._picture(name, steps, (weights_digest(taught[0]), weights),
+                          {above: sample_teacher(self.config, taught, double, model[1]), below: sampling})
         if self.seeds:
             self._score(name, STUDENT, steps, weights, sampling)
 
@@ -180,7 +173,7 @@ class StageReport:
         values = {metric: each["value"] for metric, each in score["metrics"].items()}
         return {"quality": values | {"images": score["images"]}}
 
-    def _picture(self, name: str, steps: int, weights: str, rows: Mapping[str, Sampling]) -> None:
+    def _picture(self, name: str, steps: int, weights: tuple[str, str], rows: Mapping[str, Sampling]) -> None:
         path = self.workdir / "pairs" / f"{name}.png"
         of = _digest(weights, self.config.distill.pair_images, *(each.settings() for each in rows.values()))
         if path.exists() and self.held["pairs"].get(name) == of:

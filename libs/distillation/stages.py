@@ -25,6 +25,7 @@ from ..processes import Processes
 from ..training import Run, Trainer, choose_precision, load_training_data, validate
 from ..training.setup import without_heads
 from ..training.state import Checkpoints
+from ..weights import weights_digest
 from .stage_report import StageReport
 from .student import (
     make_guidance,
@@ -38,6 +39,7 @@ CONVERT = "convert"  # folder of stage 0
 LONGER_FROM, LONGER = 2, 2  # students of so few steps learn twice as long, as in the paper
 OF_A_STAGE = ("start_steps", "end_steps", "stages", "updates", "lr", "ema", "convert_updates", "convert_lr",
               "convert_ema", "pair_images", "report_images")  # fields of the distill section that plan and report
+OF_CONVERSION = ("distill.convert_trust",)  # a field that no halving depends on
 Model = tuple[nn.Module, dict[str, Any]]  # a network and the description of its checkpoint
 
 
@@ -126,6 +128,13 @@ def _each(section: Mapping, field: str, usual: Sequence) -> Sequence:
     return list(values) * len(usual) if len(values) == 1 else values or usual
 
 
+def flag_of(stage: Stage, name: str, section: Mapping) -> str:
+    """The flag that a stage has its updates, lr or ema from, by the distill section."""
+    if not stage.steps:
+        return f"--config.distill.convert_{name}"
+    return f"--config.distill.{name}" if section[name] else f"--config.train.{'steps' if name == 'updates' else name}"
+
+
 def stage_config(config: ConfigDict, stage: Stage) -> ConfigDict:
     """The config by which a stage's training folder knows itself: what another stage sets is not in it."""
     own = ConfigDict(config.to_dict())
@@ -147,8 +156,7 @@ class Stages:
         refuse_other_schedule(config, self.base[1])
         make_guidance(config, self.base[1])
         self.stages = plan(config, self.base[1])
-        for stage in self.stages:
-            validate(stage_config(config, stage), processes.count)
+        self.runs = self._open()
         self.report = StageReport(config, workdir, processes, self.precision)
         self.data = None
 
@@ -157,17 +165,17 @@ class Stages:
 
         began: `time.monotonic()` from which `train.max_minutes` counts, over all stages.
         """
-        teacher, source = self.base, self.start
-        for stage in self.stages:
+        teacher = self.base
+        for stage, run in zip(self.stages, self.runs, strict=True):
             self.write_manifest()
-            student, status = self.run_stage(stage, teacher, source, began)
+            student, status = self.run_stage(stage, run, teacher, began)
             if student is None:
                 self.write_manifest()
                 return status
             if stage.steps:
                 self.report.add(stage.name, (f"teacher, {2 * stage.steps} steps", teacher, 2 * stage.steps),
                                 (f"student, {stage.steps} step{'s' * (stage.steps > 1)}", student, stage.steps))
-            teacher, source = student, stage.name
+            teacher = student
         students = [stage for stage in self.stages if stage.steps]
         self.report.finish(self.base, [stage.steps for stage in students])
         self.write_manifest()
@@ -175,10 +183,27 @@ class Stages:
                      self.workdir)
         return 0
 
-    def run_stage(self, stage: Stage, teacher: Model, source: str, began: float) -> tuple[Model | None, int]:
+    def _open(self) -> list[Run]:
+        """The training folder of every stage."""
+        runs, source = [], self.start
+        for stage in self.stages:
+            config = stage_config(self.config, stage)
+            validate(config, self.processes.count)
+            runs.append(Run(self.workdir / stage.name, config, source, self.processes,
+                            OF_CONVERSION if stage.steps else ()))
+            source = stage.name
+        for stage, run, later in zip(self.stages, runs, runs[1:], strict=False):
+            done = max(run.checkpoints.steps(), default=0)
+            if done < stage.updates and later.checkpoints.steps():
+                raise UserError(f"{flag_of(stage, 'updates', self.config.distill)}={stage.updates}: {later.workdir} "
+                                f"learned from {stage.name} after {done} updates; remove that folder and those of the "
+                                "stages after it, or choose another --workdir")
+        return runs
+
+    def run_stage(self, stage: Stage, run: Run, teacher: Model, began: float) -> tuple[Model | None, int]:
         """(the stage's student, 0), or (None, the exit status) where it was stopped before its end."""
-        config = stage_config(self.config, stage)
-        run = Run(self.workdir / stage.name, config, source, self.processes)
+        config = run.config
+        run.start_from(weights_digest(teacher[0]))
         saved = run.resume()
         if saved is None or saved.step < stage.updates:
             if stage.steps:
@@ -187,7 +212,8 @@ class Stages:
                 net, description, objective = prepare_conversion(config, *teacher, self.precision,
                                                                  self.processes.device)
             self.data = self.data or load_training_data(config.data, description, self.processes.device)
-            logging.info("%s: %d updates at learning rate %g, teacher %s", stage.name, stage.updates, stage.lr, source)
+            logging.info("%s: %d updates at learning rate %g, teacher %s", stage.name, stage.updates, stage.lr,
+                         run.start)
             trainer = Trainer(config, run, net, description, objective, self.precision)
             trainer.restore(saved)
             status = trainer.train(self.data, began)
