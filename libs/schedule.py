@@ -8,6 +8,7 @@ DPM-Solver does; t = 0 is clean data.
 import inspect
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -191,6 +192,12 @@ def make_schedule(name: str, **options) -> Schedule:
         if option not in known:
             raise UserError(f"schedule.{option}={value!r}: {name} has no such field; it has {', '.join(known)}")
     return factory(**options)
+
+
+def schedule_options(name: str, **options) -> dict[str, Any]:
+    """All arguments of a schedule, those that are not given at their usual values."""
+    known = inspect.signature(choose("schedule.name", name, SCHEDULES)).parameters
+    return {option: each.default for option, each in known.items()} | options
 
 
 def _uniform_lambda(schedule: Schedule, t_start: float, t_end: float, orders: list[int]) -> Tensor:

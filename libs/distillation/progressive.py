@@ -91,6 +91,14 @@ class Guidance:
         return guided(denoise, w, {"y": torch.full_like(cond["y"], self.null_label)}), cond
 
 
+def check_halving(weighting: str, target: str, schedule: Schedule, steps: int) -> None:
+    """Refuse a loss that is not known, and more steps of the teacher, 2 x `steps`, than its schedule has."""
+    choose("distill.weighting", weighting, WEIGHTINGS)
+    choose("distill.target", target, TARGETS)
+    if schedule.steps is not None and 2 * steps > schedule.steps:
+        raise UserError(f"distill.start_steps={2 * steps}: the teacher's schedule has {schedule.steps} steps")
+
+
 @dataclass(frozen=True)
 class Halving:
     """The objective `halving(student, batch) -> (b,)` by which a student of `steps` steps learns its teacher's 2 x
@@ -113,11 +121,8 @@ class Halving:
     ts: Tensor = field(init=False, repr=False)  # (2 steps + 1,) rising: ts[2 i + 2], ts[2 i + 1], ts[2 i] of index i
 
     def __post_init__(self):
-        choose("distill.weighting", self.weighting, WEIGHTINGS)
-        choose("distill.target", self.target, TARGETS)
         schedule = self.teacher.schedule
-        if schedule.steps is not None and 2 * self.steps > schedule.steps:
-            raise UserError(f"distill.start_steps={2 * self.steps}: the teacher's schedule has {schedule.steps} steps")
+        check_halving(self.weighting, self.target, schedule, self.steps)
         object.__setattr__(self, "ts", time_grid(grid_of(schedule), 2 * self.steps, schedule).flip(0))
 
     def __call__(self, student: Denoiser, batch: Batch) -> Tensor:

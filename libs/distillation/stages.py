@@ -4,9 +4,9 @@ WORKDIR gets a training folder a stage (convert, steps_0512, steps_0256, ...), e
 stages.json: what each stage is, how far it is, and what its student scored.
 """
 
-import copy
 import gc
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,17 +17,21 @@ from absl import logging
 from ml_collections import ConfigDict
 from torch import nn
 
+from ..backbones.guidance import refuse_without_guidance_input
 from ..build import adopt_places, load_model
 from ..checkpoint import STAGES
 from ..errors import UserError
 from ..files import atomic_path
 from ..processes import Processes
 from ..training import Run, Trainer, choose_precision, load_training_data, validate
+from ..training.run import read_config
 from ..training.setup import without_heads
 from ..training.state import Checkpoints
 from ..weights import weights_digest
 from .stage_report import StageReport
 from .student import (
+    describe_converted,
+    describe_halving,
     make_guidance,
     prepare_conversion,
     prepare_halving,
@@ -57,6 +61,11 @@ class Stage:
         return f"steps_{self.steps:04d}" if self.steps else CONVERT
 
 
+def is_stage(name: str) -> bool:
+    """Whether a stage's folder can have that name."""
+    return name == CONVERT or re.fullmatch(r"steps_\d{4,}", name) is not None
+
+
 def halvings(section: Mapping, teacher_steps: int | None, sampler_steps: int) -> list[int]:
     """The students' numbers of steps, falling, by the `distill` section's start_steps, end_steps and stages.
 
@@ -76,10 +85,17 @@ def halvings(section: Mapping, teacher_steps: int | None, sampler_steps: int) ->
         raise UserError(f"--config.distill.start_steps={start}: the teacher was itself distilled, to {teacher_steps} "
                         "steps; start there")
     start = start or teacher_steps or (end * 2**stages if end and stages else sampler_steps)
+    if not end and not stages and start % 2:
+        name = f"--config.{'distill.start_steps' if section['start_steps'] else 'sampler.steps'}={start}"
+        if teacher_steps:
+            raise UserError(f"--checkpoint: the teacher was itself distilled, to {start} steps, an odd number, which "
+                            "cannot be halved")
+        raise UserError(f"{name}: an odd number of steps cannot be halved; choose an even --config.distill.start_steps")
     if not end:
         stages = stages or 1
         if start % 2**stages:
-            raise UserError(f"--config.distill.stages={stages}: {start} steps cannot be halved so often")
+            raise UserError(f"--config.distill.stages={stages}: {start} steps cannot be halved so often; "
+                            f"at most {len(reachable(start))} times")
         return [start // 2**k for k in range(1, stages + 1)]
     count = (start // end).bit_length() - 1
     if count < 1 or start != end * 2**count:
@@ -105,11 +121,16 @@ def plan(config: ConfigDict, teacher: Mapping[str, Any]) -> list[Stage]:
     section, train = config.distill, config.train
     steps = halvings(section, distilled_steps(teacher), teacher.get("sampler", config.sampler)["steps"])
     usual = [train.steps * (LONGER if n <= LONGER_FROM else 1) for n in steps]
-    columns = zip(steps, _each(section, "updates", usual), _each(section, "lr", [train.lr] * len(steps)),
-                  _each(section, "ema", [train.ema] * len(steps)), strict=True)
+    columns = zip(steps, _each(section, "updates", usual, int), _each(section, "lr", [train.lr] * len(steps), float),
+                  _each(section, "ema", [train.ema] * len(steps), float), strict=True)
     stages = [Stage(*row) for row in columns]
     if student_prediction(section, teacher) != teacher["denoiser"]["prediction"]:
         stages.insert(0, Stage(0, section.convert_updates, section.convert_lr, section.convert_ema))
+    for stage in stages:
+        for name, fits, want in (("updates", stage.updates >= 1, "be at least 1"), ("lr", stage.lr > 0, "be positive"),
+                                 ("ema", 0 <= stage.ema < 1, "lie from 0 to below 1")):
+            if not fits:
+                raise UserError(f"{flag_of(stage, name, section)}={getattr(stage, name)} must {want}")
     return stages
 
 
@@ -120,9 +141,11 @@ def distilled_steps(teacher: Mapping[str, Any]) -> int | None:
     return None if untouched else steps
 
 
-def _each(section: Mapping, field: str, usual: Sequence) -> Sequence:
+def _each(section: Mapping, field: str, usual: Sequence, kind: type) -> Sequence:
     """A value for every stage: those of the field, its only one for all, or the usual ones where it is empty."""
     values = section[field]
+    if not all(isinstance(each, int | kind) for each in values):
+        raise UserError(f"--config.distill.{field}={values}: want {'whole numbers' if kind is int else 'numbers'}")
     if len(values) not in (0, 1, len(usual)):
         raise UserError(f"--config.distill.{field}={values}: want one value, or one for each of {len(usual)} stages")
     return list(values) * len(usual) if len(values) == 1 else values or usual
@@ -153,8 +176,10 @@ class Stages:
         self.precision = choose_precision(config)
         self.base: Model = without_heads(*load_model(config, start))
         adopt_places(config, self.base[1], overrides)
-        refuse_other_schedule(config, self.base[1])
-        make_guidance(config, self.base[1])
+        refuse_other_schedule(config, self.base[1], overrides)
+        guidance = make_guidance(config, self.base[1])
+        if guidance is not None and guidance.as_input and guidance.null_label is not None:
+            refuse_without_guidance_input(self.base[0])
         self.stages = plan(config, self.base[1])
         self.runs = self._open()
         self.report = StageReport(config, workdir, processes, self.precision)
@@ -169,8 +194,8 @@ class Stages:
         for stage, run in zip(self.stages, self.runs, strict=True):
             self.write_manifest()
             student, status = self.run_stage(stage, run, teacher, began)
+            self.write_manifest()  # before the report, which takes its time
             if student is None:
-                self.write_manifest()
                 return status
             if stage.steps:
                 self.report.add(stage.name, (f"teacher, {2 * stage.steps} steps", teacher, 2 * stage.steps),
@@ -184,11 +209,16 @@ class Stages:
         return 0
 
     def _open(self) -> list[Run]:
-        """The training folder of every stage."""
-        runs, source = [], self.start
+        """The training folder of every stage. What would fail in a later one is told here, before the first."""
+        runs, source, description = [], self.start, self.base[1]
+        self._refuse_other_plan()
         for stage in self.stages:
             config = stage_config(self.config, stage)
             validate(config, self.processes.count)
+            if stage.steps:
+                _, description, _ = describe_halving(config, description)
+            else:
+                description = describe_converted(config, description)
             runs.append(Run(self.workdir / stage.name, config, source, self.processes,
                             OF_CONVERSION if stage.steps else ()))
             source = stage.name
@@ -199,6 +229,40 @@ class Stages:
                                 f"learned from {stage.name} after {done} updates; remove that folder and those of the "
                                 "stages after it, or choose another --workdir")
         return runs
+
+    def _refuse_other_plan(self) -> None:
+        """A folder whose students came from other stages than the plan's is another run's."""
+        planned = {stage.name: source for stage, source in
+                   zip(self.stages, [self.start, *(each.name for each in self.stages)], strict=False)}
+        begun = {path.parent.name: path.parent for path in sorted(self.workdir.glob("*/ckpts"))
+                 if is_stage(path.parent.name) and Checkpoints(path).steps()}
+        last = self.stages[-1].steps
+        problem = None
+        for name, folder in begun.items():
+            if name not in planned and (name == CONVERT or int(name.removeprefix("steps_")) > last):
+                problem = f"{folder} is a stage of the run there, and none of this one"
+            elif name in planned:
+                held = read_config(folder).get("start")
+                if held != planned[name] and any(map(is_stage, (str(held), planned[name]))):
+                    problem = f"{folder} learned from {held}, not from {planned[name]}"
+            if problem:
+                raise UserError(f"{self._flag_of_plan(CONVERT in begun)}: {problem}; go on with the settings of that "
+                                "run, or choose another --workdir")
+
+    def _flag_of_plan(self, converted: bool) -> str:
+        """The flag by which the plan differs from the run in the folder. converted: whether that has a stage 0."""
+        section = self.config.distill
+        try:
+            start = json.loads((self.workdir / STAGES).read_text())["start"]
+        except (OSError, ValueError, KeyError, TypeError):
+            start = self.start
+        if start != self.start:
+            return f"--checkpoint={self.start}"
+        if converted != (self.stages[0].name == CONVERT):
+            return f"--config.distill.prediction={section.prediction}"
+        by_stages = not section.start_steps and section.end_steps and section.stages
+        field = "stages" if by_stages else "start_steps"
+        return f"--config.distill.{field}={section[field]}"
 
     def run_stage(self, stage: Stage, run: Run, teacher: Model, began: float) -> tuple[Model | None, int]:
         """(the stage's student, 0), or (None, the exit status) where it was stopped before its end."""

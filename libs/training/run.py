@@ -55,7 +55,7 @@ class Run:
         """Take down the digest of the weights that `start` names. Raises UserError where the run learned from others
         of that name; a run that began before digests were kept does not tell.
         """
-        held = self._held().get(START_WEIGHTS) if self.checkpoints.steps() else None
+        held = read_config(self.workdir).get(START_WEIGHTS) if self.checkpoints.steps() else None
         if held not in (None, weights):
             raise UserError(f"--workdir: {self.workdir} learned from other weights than {self.start} has now; remove "
                             "that folder and those of the stages after it, or choose another --workdir")
@@ -71,15 +71,8 @@ class Run:
         weights = {START_WEIGHTS: self.start_weights} if self.start_weights else {}
         return json.loads(json.dumps(self.config.to_dict() | {"start": self.start} | weights))  # tuples become lists
 
-    def _held(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.workdir / "config.json").read_text())
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"--workdir={self.workdir} holds checkpoints, but its config.json cannot be read "
-                            f"({reason(error)}); choose another folder") from error
-
     def _refuse_other(self) -> None:
-        held, wanted = _flat(self._held()), _flat(self._wanted())
+        held, wanted = _flat(read_config(self.workdir)), _flat(self._wanted())
         usual = EARLIER | _flat(base_config().to_dict())
         for field in wanted.keys() - held.keys() & usual.keys():  # it came after the run, which had what is usual now
             held[field] = json.loads(json.dumps(usual[field]))
@@ -91,6 +84,15 @@ class Run:
             name = "--checkpoint" if field == "start" else f"--config.{field}"
             raise UserError(f"{name}={wanted.get(field)!r}: the run in --workdir={self.workdir} has "
                             f"{held.get(field)!r}; go on with that, or choose another folder")
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """config.json of a folder that holds checkpoints."""
+    try:
+        return json.loads((workdir / "config.json").read_text())
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"--workdir={workdir} holds checkpoints, but its config.json cannot be read "
+                        f"({reason(error)}); choose another folder") from error
 
 
 def refuse_failure(run: Run, failed_step: int, parameters: Sequence[Tensor], step: int) -> None:
