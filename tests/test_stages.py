@@ -193,6 +193,22 @@ def test_each_student_starts_from_its_teacher(teacher, tmp_path, run_main):
         assert all(torch.allclose(learnt[name], tensor, atol=1e-9, rtol=0) for name, tensor in taught.items())
 
 
+def test_the_papers_schedule(tmp_path, run_main):
+    """Continuous time and log SNR, on which a model is trained, distilled and sampled."""
+    base, run, out = (tmp_path / name for name in ("base", "run", "out"))
+    assert run_main(train.main, f"{DIGITS}:cosine", *TINY, *SHORT, f"--workdir={base}").status == 0
+    ran = run_main(distillate.main, f"{DIGITS}:cosine,paper", *TINY, *SHORT, *ONE, f"--checkpoint={base}",
+                   f"--workdir={run}")
+    assert ran.status == 0, ran.stderr
+    for folder in (base, run / "steps_0008"):
+        assert description(folder)["schedule"] == {"name": "cosine"}
+        assert description(folder)["denoiser"] == {"prediction": "v", "time_input": "logsnr"}
+    assert description(run / "steps_0008")["sampler"]["grid"] == "uniform"
+    ran = run_main(sample.main, f"{DIGITS}:cosine", *TINY, f"--checkpoint={run}", "--seeds=0-1", f"--out={out}")
+    assert ran.status == 0, ran.stderr
+    assert json.loads((out / "summary.json").read_text())["nfe"] == 8
+
+
 def test_killed_while_it_reports_a_student_is_finished(teacher, tmp_path, run_main, monkeypatch):
     argv = (DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={tmp_path}")
 
