@@ -131,7 +131,10 @@ class StageReport:
         for name in ("pair_images", "report_images"):
             if config.distill[name] < 0:
                 raise UserError(f"--config.distill.{name}={config.distill[name]} must be at least 0")
-        self.seeds = list(range(config.distill.report_images)) if config.eval.metrics else []
+        if config.distill.report_images and not config.eval.metrics:
+            raise UserError(f"--config.distill.report_images={config.distill.report_images}: eval.metrics names "
+                            "nothing to measure; name metrics by --config.eval.metrics, or use 0")
+        self.seeds = list(range(config.distill.report_images))
         self.held, self._data = self._read(), None
         if self.seeds:
             shape = (config.data.image_size, config.data.image_size, config.data.channels)
