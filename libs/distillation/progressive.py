@@ -130,18 +130,23 @@ class Halving:
         i = torch.floor(batch.uniform() * self.steps).long()
         return self.loss_at(i, student, batch)
 
+    def parts(self, batch: Batch) -> tuple[Denoise, dict | None, dict | None]:
+        """(the teacher, guided and clipped as it teaches, its condition, the student's)."""
+        teacher, taught, cond = self.teacher, batch.cond, batch.cond
+        if self.guidance is not None:
+            w = self.guidance.draw(batch)
+            teacher, taught = self.guidance.teacher(teacher, w, cond)
+            cond = cond | {"guidance": w} if self.guidance.as_input else cond
+        if self.clip_teacher:
+            teacher = thresholded(teacher, self.teacher.schedule, "static", 1.0)
+        return teacher, taught, cond
+
     def loss_at(self, i: Tensor, student: Denoiser, batch: Batch) -> Tensor:
         """The same at given step indices i (b,) int64, 0 is the step onto clean data."""
         ts = self.ts[torch.stack([2 * i + 2, 2 * i + 1, 2 * i])]  # 3 b
-        schedule, cond = self.teacher.schedule, batch.cond
+        schedule = self.teacher.schedule
         with torch.no_grad():
-            teacher, taught = self.teacher, cond
-            if self.guidance is not None:
-                w = self.guidance.draw(batch)
-                teacher, taught = self.guidance.teacher(teacher, w, cond)
-                cond = cond | {"guidance": w} if self.guidance.as_input else cond
-            if self.clip_teacher:
-                teacher = thresholded(teacher, schedule, "static", 1.0)
+            teacher, taught, cond = self.parts(batch)
             z = self.teacher.diffuse(batch.x_0, batch.noise(), ts[0])
             target = TARGETS[self.target](teacher, schedule, z, ts, taught)
         error = (student(z, ts[0], cond).x_0 - target).float().square().flatten(1).mean(dim=1)
