@@ -51,8 +51,7 @@ def get_grid() -> list[dict]:
                 for student in STUDENTS for method in ON_STUDENTS]
     cells = students + [unet | {"sampler": sampler, "steps": steps} | method
                         for sampler, steps in SAMPLERS for method in METHODS]
-    cells += [student | method for student in UVIT_STUDENTS for method in ON_STUDENTS
-              if "clockwork" not in method["label"]]
+    cells += [student | method for student in UVIT_STUDENTS for method in ON_STUDENTS]
     cells += BESIDE_STUDENTS
     cells += [EXIT_STUDENT, EXIT_STUDENT | EARLY_EXIT | SCHEDULE]
     cells += [uvit | {"sampler": sampler, "steps": steps} for sampler, steps in UVIT_SAMPLERS for uvit in ON_UVIT]

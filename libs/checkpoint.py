@@ -361,7 +361,8 @@ def _same_architecture(path: Path, held: Mapping, wanted: Mapping) -> None:
     if fields:
         name = fields[0]
         raise UserError(f"checkpoint {path} is of another architecture: its backbone.{name} is "
-                        f"{held.get(name)!r}, the config's {wanted.get(name)!r}")
+                        f"{held.get(name)!r}, the config's {wanted.get(name)!r}; choose another --checkpoint or "
+                        "--config")
 
 
 def _load_diffusers(path: Path) -> nn.Module:

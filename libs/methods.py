@@ -38,8 +38,15 @@ def clipped(config: ConfigDict) -> None:
     config.sampler.clipping_value = 1.2
 
 
+def cosine(config: ConfigDict) -> None:
+    """The cosine schedule in continuous time, and log SNR as the network's time input (2202.00512, appendix)."""
+    config.schedule = ConfigDict({"name": "cosine"})
+    config.denoiser.time_input = "logsnr"
+
+
 def progressive(config: ConfigDict) -> None:
-    """Progressive distillation as the paper does it, with its optimization on CIFAR-10 (2202.00512, appendix).
+    """Progressive distillation with the paper's objective and learning rate (2202.00512, appendix); Adam's betas and
+    the batch are those with which the model was trained.
 
     One halving, unless two of start_steps, end_steps and stages are given. The fields of the train section are a
     stage's.
@@ -71,6 +78,12 @@ def progressive(config: ConfigDict) -> None:
     })
     config.train.update(steps=50_000, lr=5e-5, warmup=0, decay_from=0.0, weight_decay=0.0, clip_norm=1.0, ema=0.0,
                         eval_every=0)
+
+
+def paper(config: ConfigDict) -> None:
+    """Progressive distillation with the paper's whole optimization on CIFAR-10 (2202.00512, appendix)."""
+    progressive(config)
+    config.train.update(batch_size=128, betas=(0.9, 0.999))
 
 
 def hramchenko(config: ConfigDict) -> None:
@@ -224,8 +237,8 @@ def early_exit_paper(config: ConfigDict, **published) -> None:
 
 METHODS: dict[str, Method] = {
     "full": full, "dpm_solver": dpm_solver, "dpm_solver_pp": dpm_solver_pp, "clipped": clipped,
-    "progressive": progressive, "hramchenko": hramchenko, "flash": flash, "clockwork": clockwork,
-    "clockwork_adaptor": clockwork_adaptor, "encoder_propagation": encoder_propagation,
+    "cosine": cosine, "progressive": progressive, "paper": paper, "hramchenko": hramchenko, "flash": flash,
+    "clockwork": clockwork, "clockwork_adaptor": clockwork_adaptor, "encoder_propagation": encoder_propagation,
     "early_exit": early_exit, "early_exit_paper": early_exit_paper,
 }
 

@@ -8,6 +8,7 @@ DPM-Solver does; t = 0 is clean data.
 import inspect
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -193,6 +194,12 @@ def make_schedule(name: str, **options) -> Schedule:
     return factory(**options)
 
 
+def schedule_options(name: str, **options) -> dict[str, Any]:
+    """All arguments of a schedule, those that are not given at their usual values."""
+    known = inspect.signature(choose("schedule.name", name, SCHEDULES)).parameters
+    return {option: each.default for option, each in known.items()} | options
+
+
 def _uniform_lambda(schedule: Schedule, t_start: float, t_end: float, orders: list[int]) -> Tensor:
     """Intervals uniform in lambda, the k-th cut into orders[k] equal parts."""
     ends = schedule.lambda_(torch.tensor([t_start, t_end], dtype=torch.float64)).tolist()
@@ -208,7 +215,7 @@ def time_grid(name: str, steps: int, schedule: Schedule, t_start: float = 1.0, t
 
     name: `uniform` in t; `logsnr`, uniform in log SNR (t_end > 0), where a singlestep solver's intervals are
     uniform and each is cut by its order; `trailing`, a discrete schedule's own steps, spaced evenly back from
-    the last one (2305.08891, table 2), ending on clean data.
+    the last one (2305.08891, table 2), ending on clean data, and in continuous time `uniform`.
     """
     choose("sampler.grid", name, ("uniform", "logsnr", "trailing"))
     if steps < 1:
@@ -222,9 +229,7 @@ def time_grid(name: str, steps: int, schedule: Schedule, t_start: float = 1.0, t
         ts[0], ts[-1] = t_start, t_end  # free of the inversion's rounding
         return ts
     ts = torch.linspace(t_start, t_end, steps + 1, dtype=torch.float64)
-    if name == "trailing":
-        if schedule.steps is None:
-            raise UserError("sampler.grid='trailing' needs a discrete schedule; choose from uniform, logsnr")
+    if name == "trailing" and schedule.steps is not None:
         if steps > schedule.steps:
             raise UserError(f"sampler.steps={steps}: the schedule has {schedule.steps} steps")
         ts = (ts * schedule.steps).round() / schedule.steps

@@ -214,6 +214,18 @@ def flash_ablation_table(paths: Iterable[str | Path]) -> str:
     return read_table(paths)
 
 
+def updates_table(paths: Iterable[str | Path]) -> str:
+    """What more updates bring to a student: a file with "scores", of each the updates, the metrics and the images."""
+    path, = paths
+    try:
+        scores = json.loads(Path(path).read_text())["scores"]
+        return markdown_table({"updates": f"{score['updates']:,}"} | {
+            name: f"{value:.3f} ({score['images']:,} images)" for name, value in score.items()
+            if name not in ("updates", "images")} for score in scores)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no curve of updates ({reason(error)})") from error
+
+
 def exit_speed_table(paths: Iterable[str | Path]) -> str:
     """The table of one speed benchmark of early exit (`libs.exits.speed`)."""
     from .exits.speed import table  # stands above this module
@@ -237,9 +249,10 @@ def adaptor_speed_table(paths: Iterable[str | Path]) -> str:
     return read_table(paths)
 
 
-TABLES = {"results": results_table, "students": students_table, "compare": compare_table, "safety": safety_table,
-          "speed": speed_table, "exit_speed": exit_speed_table, "exit_training": exit_training_table,
-          "adaptor_speed": adaptor_speed_table, "flash_ablation": flash_ablation_table}
+TABLES = {"results": results_table, "students": students_table, "updates": updates_table, "compare": compare_table,
+          "safety": safety_table, "speed": speed_table, "exit_speed": exit_speed_table,
+          "exit_training": exit_training_table, "adaptor_speed": adaptor_speed_table,
+          "flash_ablation": flash_ablation_table}
 
 
 def fill_tables(text: str, root: Path) -> str:

@@ -1,7 +1,9 @@
-"""What weights a network has, by their names and shapes."""
+"""What weights a network has: their names, their shapes, and a digest of them."""
 
+import hashlib
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from .errors import UserError
@@ -16,6 +18,15 @@ def refuse_other_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor
     if found:
         more = f" (and {len(found) - 1} more differences)" if len(found) > 1 else ""
         raise UserError(f"{problem}: {found[0]}{more}")
+
+
+def weights_digest(net: nn.Module) -> str:
+    """SHA-256 of every tensor's name, type, shape and bits."""
+    digest = hashlib.sha256()
+    for name, each in net.state_dict().items():
+        digest.update(f"{name} {each.dtype} {tuple(each.shape)}\n".encode())
+        digest.update(each.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def has_lora(net: nn.Module) -> bool:

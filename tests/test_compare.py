@@ -61,6 +61,9 @@ def test_names_and_commands_of_the_declared_grid():
     assert cell.overrides == {"policy.clock": "2", "policy.adaptor": "extrapolation", "sampler.steps": "8"}
     assert cell.plain.name == "cifar10_unet_full_dpm_solver_pp_8"
     assert cell.plain in cells
+    for model in ("cifar10_unet", "cifar10_uvit"):  # policies come on top of the students of either family
+        assert {f"{model}_student_{steps}_{label}_ddim_{steps}" for steps in (4, 8)
+                for label in ("full", "clockwork_2", "encoder_every2")} <= {cell.name for cell in cells}
     student = Cell("configs/a.py", "ddim", 4, checkpoint="runs/student")
     assert student.name == "student_full_ddim_4"
     assert student.overrides == {"sampler.name": "ddim", "sampler.steps": "4"}

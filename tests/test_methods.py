@@ -57,6 +57,23 @@ def test_distillations_say_which_they_are():
         load("configs/cifar10_unet.py:progressive,clockwork_adaptor")
 
 
+def test_presets_of_progressive_distillation():
+    usual, paper, other = (load(f"configs/cifar10_unet.py:{name}") for name in ("progressive", "paper", "hramchenko"))
+    assert (paper.train.batch_size, paper.train.betas) == (128, (0.9, 0.999))
+    assert (usual.train.batch_size, usual.train.betas) == (512, (0.9, 0.99))  # of the model's training
+    assert paper.distill.to_dict() == usual.distill.to_dict()
+    assert (paper.distill.target, other.distill.target) == ("ddim2", "x2")
+    assert (paper.train.lr, paper.train.steps, paper.train.decay_from) == (5e-5, 50_000, 0.0)
+
+
+@pytest.mark.parametrize("name", ["cifar10_unet", "celebahq256_unet", "own_model", "digits_uvit", "cifar10_uvit_tiny"])
+def test_the_papers_schedule(name):
+    config = load(f"configs/{name}.py:cosine,paper")
+    assert config.schedule.to_dict() == {"name": "cosine"}
+    assert config.denoiser.time_input == "logsnr"
+    assert load(f"configs/{name}.py:cosine,dpm_solver_pp").sampler.t_end == 1e-4
+
+
 def test_adaptors_of_pipelines_are_trained_as_in_the_paper():
     small, large = (load(f"configs/{name}.py:clockwork_adaptor") for name in ("cifar10_unet", "sd15"))
     assert (large.train.lr, large.train.batch_size, large.train.weight_decay) == (1e-4, 16, 0.0)

@@ -28,7 +28,7 @@ def gaussian_denoiser(schedule):
 
 
 @pytest.mark.parametrize("options", SCHEDULES, ids=lambda options: options["name"])
-@pytest.mark.parametrize("steps", [1, 2, 8, 64])
+@pytest.mark.parametrize("steps", [1, 2, 8, 64, 512])
 def test_target_equals_two_teacher_steps_at_every_index(options, steps):
     schedule = make_schedule(**options)
     teacher = gaussian_denoiser(schedule)

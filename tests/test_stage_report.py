@@ -14,7 +14,7 @@ from libs.build import describe, make_chain
 from libs.checkpoint import save_backbone
 from libs.distillation import stage_report, student_sampler
 from libs.distillation.stage_report import StageReport, base_samplings, reference_steps, sample_student, sample_teacher
-from libs.distillation.student import legacy_labels, prepare_halving
+from libs.distillation.student import legacy_labels, prepare_conversion, prepare_halving
 from libs.errors import UserError
 from libs.evaluation import Metrics, Request, score_seeds
 from libs.processes import Processes
@@ -139,6 +139,26 @@ def test_pictures_show_the_teacher_above_its_student(reported):
             assert np.array_equal(shown, images[i].numpy())
 
 
+def test_students_of_a_converted_model(tmp_path):
+    """The base goes on sampling by its own prediction, beside students of another one."""
+    config = tiny_config(images=2)
+    base = first_teacher(config)
+    net, description, _ = prepare_conversion(config, *base, "fp32", CPU)
+    student = student_of(config, (net.eval(), description), 4)
+    assert (base[1]["denoiser"]["prediction"], student[1]["denoiser"]["prediction"]) == ("eps", "v")
+    report = report_of(config, tmp_path)
+    add(report, (net, description), student, 4)
+    report.finish(base, [4])
+    scores = report.held["scores"]
+    assert sorted(scores) == ["ddim_0004", "ddim_0050", "dpm_solver_pp_0004", "steps_0004"]
+    for name, model in (("ddim_0004", base), ("dpm_solver_pp_0004", base), ("steps_0004", student)):
+        metrics = Metrics(Request(config.eval, 2, (32, 32, 3), CPU, config.data))
+        score_seeds(metrics, chain_by_hand(config, model, scores[name]["sampler"]), [0, 1], bar=False)
+        assert scores[name]["metrics"]["frechet_cifar10"]["value"] == pytest.approx(
+            metrics.compute(Processes(CPU))["frechet_cifar10"]["value"], rel=1e-6)
+    assert "\n| 4 | " in (tmp_path / "quality.md").read_text()
+
+
 def test_table(reported):
     text = (reported.workdir / "quality.md").read_text()
     scores = reported.report.held["scores"]
@@ -194,15 +214,15 @@ def test_what_changed_is_made_again(reported, tmp_path, monkeypatch):
     (tmp_path / "pairs/steps_0002.png").unlink()
     add(more, reported.students[4], moved, 2)
     assert len(made) == 9
+    add(more, (moved[0], reported.students[4][1]), moved, 2)  # another teacher, of the same settings
+    assert len(made) == 11
 
 
-@pytest.mark.parametrize("images", [0, IMAGES])
-def test_pictures_alone(tmp_path, images):
-    """Without images to score, or without a metric (the digits have none)."""
-    config = tiny_config("digits_uvit", images)
-    assert config.eval.metrics == ()
-    if not images:
-        config.eval.metrics = ("fid", "precision_recall")  # whose references are missing
+@pytest.mark.parametrize("metrics", [(), ("fid", "precision_recall")])
+def test_pictures_alone(tmp_path, metrics):
+    """Without images to score: the references of these metrics are missing."""
+    config = tiny_config("digits_uvit", 0)
+    config.eval.metrics = metrics
     base = first_teacher(config)
     student = student_of(config, base, 4)
     report = report_of(config, tmp_path)
@@ -319,6 +339,7 @@ def test_how_a_first_teacher_is_measured():
 def test_mistakes_are_told_before_any_stage(tmp_path):
     for images, metrics, message in (
             (-1, ("frechet_cifar10",), "--config.distill.report_images=-1 must be at least 0"),
+            (500, (), "--config.distill.report_images=500: eval.metrics names nothing to measure"),
             (1, ("frechet_cifar10",), "a Frechet distance needs at least 2 images, not 1"),
             (8, ("frechet",), "eval.metrics='frechet' is unknown; choose from frechet_cifar10"),
             (8, ("class_accuracy",), "class_accuracy needs the seeds of a class-conditional")):

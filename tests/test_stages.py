@@ -1,6 +1,7 @@
 """Progressive distillation in stages, through distillate.py."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ import train
 from libs import config as config_files
 from libs.build import load_model
 from libs.checkpoint import load_described
+from libs.distillation.conversion import Conversion
 from libs.distillation.progressive import Halving
+from libs.distillation.stage_report import StageReport
 from libs.distillation.stages import halvings, plan
-from libs.distillation.student import hold, legacy_labels
+from libs.distillation.student import hold, legacy_labels, make_guidance
 from libs.errors import UserError
 from libs.training.state import Checkpoints
 
@@ -31,6 +34,26 @@ ENDS = ("--config.distill.start_steps=16", "--config.distill.end_steps=4", "--co
 def teacher(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("teacher")
     assert train.main([DIGITS, *TINY, *SHORT, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+EPS = ("--config.denoiser.prediction=eps",)
+ONE = ("--config.distill.start_steps=16", "--config.distill.end_steps=8", "--config.distill.convert_updates=4",
+       "--config.distill.pair_images=2")
+
+
+@pytest.fixture(scope="module")
+def eps_teacher(tmp_path_factory):
+    """U-ViT's own kind of model."""
+    workdir = tmp_path_factory.mktemp("eps_teacher")
+    assert train.main([DIGITS, *TINY, *SHORT, *EPS, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def eps_students(eps_teacher, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("eps_students")
+    assert distillate.main([DISTIL, *TINY, *SHORT, *ONE, f"--checkpoint={eps_teacher}", f"--workdir={workdir}"]) == 0
     return workdir
 
 
@@ -77,13 +100,22 @@ def test_halvings(given, teacher_steps, expected):
     (section(48, 5), None, "end_steps=5: 48 steps, halved again and again, are never 5; choose from 24, 12, 6, 3"),
     (section(8, 8), None, "end_steps=8: 8 steps, halved again and again, are never 8; choose from 4, 2, 1"),
     (section(8, 16), None, "end_steps=16: 8 steps, halved"),
-    (section(48, 0, 5), None, "stages=5: 48 steps cannot be halved so often"),
+    (section(48, 0, 5), None, "stages=5: 48 steps cannot be halved so often; at most 4 times"),
+    (section(15), None, "start_steps=15: an odd number of steps cannot be halved; choose an even"),
     (section(64, 8), 32, "start_steps=64: the teacher was itself distilled, to 32 steps; start there"),
     (section(-1), None, "start_steps=-1 must be at least 1"),
 ])
 def test_steps_that_do_not_halve_into_each_other(given, teacher_steps, message):
     with pytest.raises(UserError, match=f"--config.distill.{message}"):
         halvings(given, teacher_steps, 50)
+
+
+def test_an_odd_number_of_steps_that_nobody_chose():
+    with pytest.raises(UserError, match=r"^--config.sampler.steps=25: an odd number of steps cannot be halved; choose "
+                                        r"an even --config.distill.start_steps$"):
+        halvings(section(), None, 25)
+    with pytest.raises(UserError, match="^--checkpoint: the teacher was itself distilled, to 3 steps, an odd number"):
+        halvings(section(), 3, 50)
 
 
 def config_of(methods="progressive", name="digits_uvit", **fields):
@@ -161,6 +193,59 @@ def test_each_student_starts_from_its_teacher(teacher, tmp_path, run_main):
         assert all(torch.allclose(learnt[name], tensor, atol=1e-9, rtol=0) for name, tensor in taught.items())
 
 
+def test_the_papers_schedule(tmp_path, run_main):
+    """Continuous time and log SNR, on which a model is trained, distilled and sampled."""
+    base, run, out = (tmp_path / name for name in ("base", "run", "out"))
+    assert run_main(train.main, f"{DIGITS}:cosine", *TINY, *SHORT, f"--workdir={base}").status == 0
+    ran = run_main(distillate.main, f"{DIGITS}:cosine,paper", *TINY, *SHORT, *ONE, f"--checkpoint={base}",
+                   f"--workdir={run}")
+    assert ran.status == 0, ran.stderr
+    for folder in (base, run / "steps_0008"):
+        assert description(folder)["schedule"] == {"name": "cosine"}
+        assert description(folder)["denoiser"] == {"prediction": "v", "time_input": "logsnr"}
+    assert description(run / "steps_0008")["sampler"]["grid"] == "uniform"
+    ran = run_main(sample.main, f"{DIGITS}:cosine", *TINY, f"--checkpoint={run}", "--seeds=0-1", f"--out={out}")
+    assert ran.status == 0, ran.stderr
+    assert json.loads((out / "summary.json").read_text())["nfe"] == 8
+
+
+def test_killed_while_it_reports_a_student_is_finished(teacher, tmp_path, run_main, monkeypatch):
+    argv = (DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={tmp_path}")
+
+    def add(self, name, taught, student):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageReport, "add", add)
+        assert run_main(distillate.main, *argv).status == 130
+    told = [(each["done"], each["finished"]) for each in json.loads((tmp_path / "stages.json").read_text())["stages"]]
+    assert told == [(4, True), (0, False)]
+    ran = run_main(sample.main, DIGITS, *TINY, f"--checkpoint={tmp_path}", "--seeds=0-1", f"--out={tmp_path}/images")
+    assert ran.status == 0, ran.stderr
+    assert json.loads((tmp_path / "images/summary.json").read_text())["nfe"] == 8
+
+
+def test_killed_stage_0_goes_on_bit_for_bit(eps_teacher, eps_students, tmp_path, run_main, monkeypatch):
+    argv = (DISTIL, *TINY, *SHORT, *ONE, f"--checkpoint={eps_teacher}", f"--workdir={tmp_path}")
+    plain = Conversion.__call__
+
+    def loss(self, learner, batch):
+        if batch.step == 3:
+            raise KeyboardInterrupt
+        return plain(self, learner, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Conversion, "__call__", loss)
+        assert run_main(distillate.main, *argv).status == 130
+    assert Checkpoints(tmp_path / "convert/ckpts").steps() == [2]
+    ran = run_main(distillate.main, *argv)
+    assert ran.status == 0, ran.stderr
+    assert "going on from step 2" in ran.stderr
+    for name in ("convert", "steps_0008"):
+        one, other = (weights(folder / name) for folder in (eps_students, tmp_path))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_killed_run_goes_on_bit_for_bit(teacher, students, tmp_path, run_main, monkeypatch):
     argv = (DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={tmp_path}")
     with monkeypatch.context() as patch:
@@ -217,6 +302,33 @@ def test_more_stages_go_on_from_the_last(teacher, students, tmp_path, run_main):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_students_of_what_a_teacher_was_are_refused(teacher, students, tmp_path, run_main):
+    """A stage that is trained on is no longer what the next one learned from."""
+    run, last = tmp_path / "run", tmp_path / "run/steps_0004"
+    shutil.copytree(students, run)
+    argv = (DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={run}")
+    longer = (*argv, "--config.distill.updates=6,4")
+    ran = run_main(distillate.main, *longer)
+    assert (ran.status, f"--config.distill.updates=6: {last} learned from steps_0008 after 4 updates; remove that" in
+            ran.stderr) == (2, True), ran.stderr
+    assert Checkpoints(run / "steps_0008/ckpts").steps() == [2, 4]  # nothing was trained
+    shutil.rmtree(last)
+    assert run_main(distillate.main, *longer).status == 0
+    assert not torch.equal(weights(last)["pos_embed"], weights(students / "steps_0004")["pos_embed"])
+    pair = (run / "pairs/steps_0004.png").read_bytes()
+    assert pair != (students / "pairs/steps_0004.png").read_bytes()
+
+    shutil.rmtree(last)
+    shutil.copytree(students / "steps_0004", last)  # of the shorter stage
+    ran = run_main(distillate.main, *longer)
+    assert (ran.status, f"{last} learned from other weights than steps_0008 has now; remove that folder" in
+            ran.stderr) == (2, True), ran.stderr
+    held = json.loads((last / "config.json").read_text())
+    assert held.pop("start_weights")
+    (last / "config.json").write_text(json.dumps(held))  # as before digests were kept: it cannot tell
+    assert run_main(distillate.main, *longer).status == 0
+
+
 def test_other_settings_are_refused_in_a_run_that_began(students, teacher, run_main):
     argv = (DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={students}")
     ran = run_main(distillate.main, *argv, "--config.distill.weighting=snr")
@@ -225,6 +337,31 @@ def test_other_settings_are_refused_in_a_run_that_began(students, teacher, run_m
 
 
 @pytest.mark.parametrize(("flags", "message"), [
+    (["start_steps=32"], "start_steps=32: {run}/steps_0008 learned from {teacher}, not from steps_0016"),
+    (["start_steps=8", "end_steps=2"], "start_steps=8: {run}/steps_0004 learned from steps_0008, not from {teacher}"),
+    (["start_steps=48", "end_steps=3"], "start_steps=48: {run}/steps_0004 is a stage of the run there, and none of"),
+    (["start_steps=0", "stages=3"], "stages=3: {run}/steps_0008 learned from {teacher}, not from steps_0016"),
+    (["prediction=x_0"], "prediction=x_0: {run}/steps_0008 learned from {teacher}, not from convert"),
+])
+def test_another_plan_is_refused_in_a_run_that_began(students, teacher, run_main, flags, message):
+    ran = run_main(distillate.main, DISTIL, *TINY, *SHORT, *ENDS, *(f"--config.distill.{flag}" for flag in flags),
+                   f"--checkpoint={teacher}", f"--workdir={students}")
+    assert (ran.status, ran.stderr.count("\n")) == (2, 1)
+    assert ran.stderr.startswith(f"error: --config.distill.{message.format(run=students, teacher=teacher)}"), ran.stderr
+    assert sorted(path.parent.name for path in students.glob("*/ckpts")) == ["steps_0004", "steps_0008"]
+
+
+def test_another_teacher_is_refused_in_a_run_that_began(students, eps_teacher, eps_students, run_main):
+    for argv, message in (
+            ((*ENDS, f"--checkpoint={eps_teacher}", f"--workdir={students}"),
+             f"--checkpoint={eps_teacher}: {students}/steps_0008 learned from"),
+            ((*ONE, "--config.distill.prediction=eps", f"--checkpoint={eps_teacher}", f"--workdir={eps_students}"),
+             f"--config.distill.prediction=eps: {eps_students}/convert is a stage of the run there")):
+        ran = run_main(distillate.main, DISTIL, *TINY, *SHORT, *argv)
+        assert (ran.status, ran.stderr.startswith(f"error: {message}")) == (2, True), ran.stderr
+
+
+MISTAKES = [
     (["--config.distill.weighting=snr2"], "distill.weighting='snr2' is unknown; choose from const, snr"),
     (["--config.distill.start_steps=48", "--config.distill.end_steps=5"], "end_steps=5: 48 steps"),
     (["--config.distill.start_steps=4096", "--config.distill.end_steps=2048"],
@@ -234,9 +371,27 @@ def test_other_settings_are_refused_in_a_run_that_began(students, teacher, run_m
     (["--config.distill.cfg_range=1,4", "--config.distill.cfg_scale=2"], "give one of them"),
     (["--config.distill.prediction=w"], "distill.prediction='w' is unknown; choose from v, x_0, eps, both"),
     (["--config.distill.time_label=old"], "distill.time_label='old' is unknown; choose from exact, legacy"),
-    (["--config.distill.updates=0"], "train.steps=0 must be at least 1"),
-])
-def test_mistakes(teacher, tmp_path, run_main, flags, message):
+    (["--config.distill.time_label=legacy", "--config.distill.start_steps=48"], "48 steps do not divide"),
+    (["--config.distill.target=x3"], "distill.target='x3' is unknown; choose from ddim2, x2"),
+    (["--config.distill.sampler=euler"], "distill.sampler='euler' is unknown; choose from ddim, ddpm"),
+    (["--config.distill.updates=0"], "--config.distill.updates=0 must be at least 1"),
+    (["--config.distill.updates=many"], "--config.distill.updates=('many',): want whole numbers"),
+    (["--config.distill.lr=0"], "--config.distill.lr=0 must be positive"),
+    (["--config.distill.ema=1"], "--config.distill.ema=1 must lie from 0 to below 1"),
+    (["--config.schedule.steps=512"], "--config.schedule.steps=512: the teacher was trained with 1024, and its"),
+]
+OF_STAGE_0 = [
+    (["--config.distill.convert_updates=0"], "--config.distill.convert_updates=0 must be at least 1"),
+    (["--config.distill.convert_ema=1"], "--config.distill.convert_ema=1.0 must lie from 0 to below 1"),
+    (["--config.distill.convert_trust=-1"], "--config.distill.convert_trust=-1.0 must be at least 0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "flags", "message"), [
+    *(("teacher", *each) for each in MISTAKES), *(("eps_teacher", *each) for each in [*MISTAKES, *OF_STAGE_0])])
+def test_mistakes(kind, tmp_path, run_main, flags, message, request):
+    """All are told before the first update, those of a halving before stage 0 too."""
+    teacher = request.getfixturevalue(kind)
     ran = run_main(distillate.main, DISTIL, *TINY, *SHORT, *flags, f"--checkpoint={teacher}", f"--workdir={tmp_path}")
     assert ran.status == 2
     assert message in ran.stderr
@@ -249,6 +404,10 @@ def test_guidance_of_an_unconditional_teacher(tmp_path, run_main):
                    "--config.distill.cfg_scale=2", f"--workdir={tmp_path}")
     assert (ran.status, ran.stderr) == (2, "error: --config.distill.cfg_scale=2.0: this teacher has no null class to "
                                            "be guided against; use 1.0\n")
+    with pytest.raises(UserError, match=r"cfg_range=\(1, 4\): this teacher has no null class .*; leave it out$"):
+        make_guidance(config_of(cfg_range="1,4"), {"cond": {"kind": "none", "null_label": -1}})
+    with pytest.raises(UserError, match=r"cfg_scale=2.0: guidance by class labels .* cond.kind=text; use 1.0$"):
+        make_guidance(config_of(cfg_scale="2"), {"cond": {"kind": "text", "null_label": -1}})
 
 
 def test_config_without_distillation(tmp_path, run_main):
@@ -303,21 +462,19 @@ def test_scale_of_the_guidance_as_an_input(teacher, tmp_path, run_main):
     assert (ran.status, "5" in ran.stderr) == (2, True)
 
 
-def test_model_of_eps(tmp_path, run_main):
-    """U-ViT's own kind of model: eps on the VP-linear schedule."""
-    eps = ("--config.schedule.name=squared_cosine", "--config.denoiser.prediction=eps")
-    base, run = tmp_path / "base", tmp_path / "run"
-    assert run_main(train.main, DIGITS, *TINY, *SHORT, *eps, f"--workdir={base}").status == 0
-    assert description(base)["denoiser"]["prediction"] == "eps"
-    argv = (DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={base}", f"--workdir={run}",
-            "--config.distill.convert_updates=2")
-    ran = run_main(distillate.main, *argv)
-    assert ran.status == 0, ran.stderr
-    assert [each["name"] for each in json.loads((run / "stages.json").read_text())["stages"]] == [
-        "convert", "steps_0008", "steps_0004"]
-    assert description(run / "convert", 2)["denoiser"]["prediction"] == "v"
-    assert description(run / "steps_0004")["denoiser"]["prediction"] == "v"
-    assert "sampler" not in description(run / "convert", 2)
+def test_model_of_eps(eps_teacher, eps_students):
+    assert description(eps_teacher)["denoiser"]["prediction"] == "eps"
+    assert [each["name"] for each in json.loads((eps_students / "stages.json").read_text())["stages"]] == [
+        "convert", "steps_0008"]
+    assert description(eps_students / "convert")["denoiser"]["prediction"] == "v"
+    assert description(eps_students / "steps_0008")["denoiser"]["prediction"] == "v"
+    assert "sampler" not in description(eps_students / "convert")
+    # what a halving does not depend on, an older run's halving need not have
+    held = json.loads((eps_students / "steps_0008/config.json").read_text())
+    del held["distill"]["convert_trust"]
+    (eps_students / "steps_0008/config.json").write_text(json.dumps(held))
+    again = [DISTIL, *TINY, *SHORT, *ONE, f"--checkpoint={eps_teacher}", f"--workdir={eps_students}"]
+    assert distillate.main(again) == 0
 
 
 def test_distillers_way(teacher, tmp_path, run_main):

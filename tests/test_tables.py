@@ -5,7 +5,7 @@ import json
 import pytest
 
 from libs.errors import UserError
-from libs.tables import compare_table, fill_tables, result_row, results_table
+from libs.tables import compare_table, fill_tables, result_row, results_table, updates_table
 
 RESULT = {
     "model": "net", "method": {"name": "full"}, "nfe": 50, "samples": 500,
@@ -115,6 +115,19 @@ def test_both_markers_are_filled_and_the_rest_is_left(tmp_path):
     assert filled == page.replace("| old |\n", results_table([tmp_path / "results/a.json"]) + "\n").replace(
         "-->\nc", f"-->\n{compare_table([tmp_path / 'results/compare/full_10.json'])}\nc")
     assert fill_tables(filled, tmp_path) == filled
+
+
+def test_curve_of_updates(tmp_path):
+    scores = [{"updates": 50, "frechet_cifar10": 2.54488, "images": 500}, {"updates": 1000, "frechet_cifar10": 2.3604,
+                                                                          "images": 4000}]
+    (tmp_path / "updates.json").write_text(json.dumps({"student": "net", "scores": scores}))
+    table = ("| updates | frechet_cifar10 |\n| --- | --- |\n| 50 | 2.545 (500 images) |\n"
+             "| 1,000 | 2.360 (4,000 images) |\n")
+    assert fill_tables("a\n<!-- updates: *.json -->\n| old |\n\nb\n", tmp_path) == (
+        f"a\n<!-- updates: *.json -->\n{table}\nb\n")
+    (tmp_path / "updates.json").write_text("{}")
+    with pytest.raises(UserError, match="updates.json is no curve of updates"):
+        updates_table([tmp_path / "updates.json"])
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": "x"}'])

@@ -240,7 +240,7 @@ def distil_chain(config: ConfigDict, stages: list[Stage], run: Run, began: float
         return 0
     net, held = without_heads(*load_model(config, run.start))
     adopt_places(config, held, overrides)
-    refuse_other_schedule(config, held)
+    refuse_other_schedule(config, held, overrides)
     data = load_training_data(config.data, held, processes.device)
     codec = make_codec(held["codec"], processes.device)
     size = codec.latent_shape(held["image"]["size"], held["image"]["channels"])[1:]

@@ -91,6 +91,14 @@ class Guidance:
         return guided(denoise, w, {"y": torch.full_like(cond["y"], self.null_label)}), cond
 
 
+def check_halving(weighting: str, target: str, schedule: Schedule, steps: int) -> None:
+    """Refuse a loss that is not known, and more steps of the teacher, 2 x `steps`, than its schedule has."""
+    choose("distill.weighting", weighting, WEIGHTINGS)
+    choose("distill.target", target, TARGETS)
+    if schedule.steps is not None and 2 * steps > schedule.steps:
+        raise UserError(f"distill.start_steps={2 * steps}: the teacher's schedule has {schedule.steps} steps")
+
+
 @dataclass(frozen=True)
 class Halving:
     """The objective `halving(student, batch) -> (b,)` by which a student of `steps` steps learns its teacher's 2 x
@@ -113,11 +121,8 @@ class Halving:
     ts: Tensor = field(init=False, repr=False)  # (2 steps + 1,) rising: ts[2 i + 2], ts[2 i + 1], ts[2 i] of index i
 
     def __post_init__(self):
-        choose("distill.weighting", self.weighting, WEIGHTINGS)
-        choose("distill.target", self.target, TARGETS)
         schedule = self.teacher.schedule
-        if schedule.steps is not None and 2 * self.steps > schedule.steps:
-            raise UserError(f"distill.start_steps={2 * self.steps}: the teacher's schedule has {schedule.steps} steps")
+        check_halving(self.weighting, self.target, schedule, self.steps)
         object.__setattr__(self, "ts", time_grid(grid_of(schedule), 2 * self.steps, schedule).flip(0))
 
     def __call__(self, student: Denoiser, batch: Batch) -> Tensor:
@@ -125,18 +130,23 @@ class Halving:
         i = torch.floor(batch.uniform() * self.steps).long()
         return self.loss_at(i, student, batch)
 
+    def parts(self, batch: Batch) -> tuple[Denoise, dict | None, dict | None]:
+        """(the teacher, guided and clipped as it teaches, its condition, the student's)."""
+        teacher, taught, cond = self.teacher, batch.cond, batch.cond
+        if self.guidance is not None:
+            w = self.guidance.draw(batch)
+            teacher, taught = self.guidance.teacher(teacher, w, cond)
+            cond = cond | {"guidance": w} if self.guidance.as_input else cond
+        if self.clip_teacher:
+            teacher = thresholded(teacher, self.teacher.schedule, "static", 1.0)
+        return teacher, taught, cond
+
     def loss_at(self, i: Tensor, student: Denoiser, batch: Batch) -> Tensor:
         """The same at given step indices i (b,) int64, 0 is the step onto clean data."""
         ts = self.ts[torch.stack([2 * i + 2, 2 * i + 1, 2 * i])]  # 3 b
-        schedule, cond = self.teacher.schedule, batch.cond
+        schedule = self.teacher.schedule
         with torch.no_grad():
-            teacher, taught = self.teacher, cond
-            if self.guidance is not None:
-                w = self.guidance.draw(batch)
-                teacher, taught = self.guidance.teacher(teacher, w, cond)
-                cond = cond | {"guidance": w} if self.guidance.as_input else cond
-            if self.clip_teacher:
-                teacher = thresholded(teacher, schedule, "static", 1.0)
+            teacher, taught, cond = self.parts(batch)
             z = self.teacher.diffuse(batch.x_0, batch.noise(), ts[0])
             target = TARGETS[self.target](teacher, schedule, z, ts, taught)
         error = (student(z, ts[0], cond).x_0 - target).float().square().flatten(1).mean(dim=1)

@@ -38,6 +38,7 @@ from ..schedule import make_schedule
 from ..seeds import parse_labels
 from ..training.batches import OF_DATA, load_training_data, show_data
 from ..training.quality import score
+from ..weights import weights_digest
 from .progressive import student_sampler
 from .quality_curve import DDIM, DPM_SOLVER_PP, LABELS, STUDENT, draw, report_text
 from .student import make_guidance
@@ -114,14 +115,6 @@ def reference_steps(base: Mapping[str, Any]) -> int:
     return min([REFERENCE, *filter(None, own)])
 
 
-def weights_digest(net: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, each in net.state_dict().items():
-        digest.update(f"{name} {each.dtype} {tuple(each.shape)}\n".encode())
-        digest.update(each.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 class StageReport:
     """Reports into `workdir`; `distill.report_images` images are scored, seeds 0, 1, ..., and for 0 nothing is.
 
@@ -138,7 +131,10 @@ class StageReport:
         for name in ("pair_images", "report_images"):
             if config.distill[name] < 0:
                 raise UserError(f"--config.distill.{name}={config.distill[name]} must be at least 0")
-        self.seeds = list(range(config.distill.report_images)) if config.eval.metrics else []
+        if config.distill.report_images and not config.eval.metrics:
+            raise UserError(f"--config.distill.report_images={config.distill.report_images}: eval.metrics names "
+                            "nothing to measure; name metrics by --config.eval.metrics, or use 0")
+        self.seeds = list(range(config.distill.report_images))
         self.held, self._data = self._read(), None
         if self.seeds:
             shape = (config.data.image_size, config.data.image_size, config.data.channels)
@@ -151,8 +147,8 @@ class StageReport:
         sampling = sample_student(self.config, model, steps)
         weights = weights_digest(model[0]) if self.processes.is_main else ""
         if self.processes.is_main and self.config.distill.pair_images:
-            self._picture(name, steps, weights, {above: sample_teacher(self.config, taught, double, model[1]),
-                                                 below: sampling})
+            self._picture(name, steps, (weights_digest(taught[0]), weights),
+                          {above: sample_teacher(self.config, taught, double, model[1]), below: sampling})
         if self.seeds:
             self._score(name, STUDENT, steps, weights, sampling)
 
@@ -180,7 +176,7 @@ class StageReport:
         values = {metric: each["value"] for metric, each in score["metrics"].items()}
         return {"quality": values | {"images": score["images"]}}
 
-    def _picture(self, name: str, steps: int, weights: str, rows: Mapping[str, Sampling]) -> None:
+    def _picture(self, name: str, steps: int, weights: tuple[str, str], rows: Mapping[str, Sampling]) -> None:
         path = self.workdir / "pairs" / f"{name}.png"
         of = _digest(weights, self.config.distill.pair_images, *(each.settings() for each in rows.values()))
         if path.exists() and self.held["pairs"].get(name) == of:

@@ -1,7 +1,7 @@
 """A halving's two networks: what the student's checkpoints will say of it, and how its teacher is held."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from ..backbones.guidance import add_guidance_input
 from ..build import DTYPES, MODEL_SECTIONS, adopt_sampler, make_denoiser, prepare_backbone
 from ..denoiser import Denoiser
 from ..errors import UserError, choose
-from ..schedule import make_schedule
+from ..schedule import make_schedule, schedule_options
 from .conversion import Conversion
-from .progressive import Guidance, Halving, student_sampler
+from .progressive import Guidance, Halving, check_halving, student_sampler
 
 
 def student_prediction(section: Mapping, teacher: Mapping[str, Any]) -> str:
@@ -28,12 +28,18 @@ def student_prediction(section: Mapping, teacher: Mapping[str, Any]) -> str:
     return wanted
 
 
-def refuse_other_schedule(config: ConfigDict, teacher: Mapping[str, Any]) -> None:
-    """A teacher's schedule is its student's."""
+def refuse_other_schedule(config: ConfigDict, teacher: Mapping[str, Any], overrides: Collection[str] = ()) -> None:
+    """A teacher's schedule is its student's: refused are another name, and another value of a field that the user set.
+    """
     wanted, held = config.schedule.to_dict(), teacher["schedule"]
     if wanted["name"] != held["name"]:
         raise UserError(f"--config.schedule.name={wanted['name']}: the teacher was trained on {held['name']}, and its "
                         "students are distilled on that")
+    own = {"name": held["name"]} | schedule_options(**held)
+    for field, value in wanted.items():
+        if f"schedule.{field}" in overrides and value != own.get(field):
+            raise UserError(f"--config.schedule.{field}={value}: the teacher was trained with {own.get(field)}, and "
+                            "its students are distilled with that")
 
 
 def make_guidance(config: ConfigDict, teacher: Mapping[str, Any]) -> Guidance | None:
@@ -61,8 +67,11 @@ def make_guidance(config: ConfigDict, teacher: Mapping[str, Any]) -> Guidance | 
     if already is not None or (scale == 1 and not ends):
         return None
     if cond["kind"] != "label" or cond["null_label"] < 0:
-        raise UserError(f"--config.distill.{'cfg_range' if ends else 'cfg_scale'}={ends or scale}: this teacher has no "
-                        "null class to be guided against; use 1.0")
+        flag, advice = ("cfg_range", "leave it out") if ends else ("cfg_scale", "use 1.0")
+        why = "this teacher has no null class to be guided against"
+        if cond["kind"] not in ("none", "label"):
+            why = f"guidance by class labels can be distilled, and this teacher has cond.kind={cond['kind']}"
+        raise UserError(f"--config.distill.{flag}={ends or scale}: {why}; {advice}")
     low, high = ends or (scale, scale)
     return Guidance(low, high, cond["null_label"], as_input=bool(ends))
 
@@ -103,11 +112,48 @@ def hold(net: nn.Module, precision: str) -> nn.Module:
     return net
 
 
+def describe_converted(config: ConfigDict, held: Mapping[str, Any]) -> dict[str, Any]:
+    """What the checkpoints of stage 0 will say, by the description of the model that is converted."""
+    description = copy.deepcopy(dict(held))
+    description["denoiser"]["prediction"] = student_prediction(config.distill, held)
+    return description
+
+
+def describe_halving(config: ConfigDict,
+                     held: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Guidance | None]:
+    """(description of the teacher as it teaches, of its student, the teacher's guidance). Of a halving all mistakes are
+    told here, without a network.
+
+    config: of the stage. held: the teacher's description, which stays as it is.
+    """
+    section = config.distill
+    taught = {name: copy.deepcopy(held[name]) for name in (*MODEL_SECTIONS, "image")}
+    check_halving(section.weighting, section.target, make_schedule(**taught["schedule"]), section.steps)
+    description = copy.deepcopy(taught)
+    if choose("distill.time_label", section.time_label, ("exact", "legacy")) == "legacy":
+        taught, description = legacy_labels(taught, section.steps)
+    guidance = make_guidance(config, held)
+    scale = held.get("distilled", {})  # what guidance an earlier halving took up
+    if guidance is not None:
+        description["cond"].update(drop=0.0, null_label=-1)
+        scale = {"cfg_scale": guidance.low}
+        if guidance.as_input:
+            description["cond"]["guidance"] = [guidance.low, guidance.high]
+            if guidance.null_label is not None:
+                description["backbone"] = dict(description["backbone"]) | {"guidance_embed": True}
+            scale = {"cfg_scale": min(max(config.sampler.cfg_scale, guidance.low), guidance.high)}
+    description["sampler"] = student_sampler(section.steps, make_schedule(**description["schedule"]), section.sampler)
+    if scale:  # an unguided student samples at scale 1
+        as_input = "guidance" in description["cond"]
+        description["sampler"]["cfg_scale"] = scale["cfg_scale"] if as_input else 1.0
+        description["distilled"] = scale
+    return taught, description, guidance
+
+
 def prepare_conversion(config: ConfigDict, model: nn.Module, held: Mapping[str, Any], precision: str,
                        device: torch.device) -> tuple[nn.Module, dict[str, Any], Conversion]:
     """Of stage 0, likewise: (the network at its start, what its checkpoints will say, what it learns)."""
-    description = copy.deepcopy(held)
-    description["denoiser"]["prediction"] = student_prediction(config.distill, held)
+    description = describe_converted(config, held)
     before = frozen_denoiser(config, model, held, precision, device)
     return copy.deepcopy(model).requires_grad_(True), description, Conversion(before, config.distill.convert_trust)
 
@@ -128,28 +174,11 @@ def prepare_halving(config: ConfigDict, teacher: nn.Module, held: Mapping[str, A
     as they are.
     """
     section = config.distill
-    taught = {name: copy.deepcopy(held[name]) for name in (*MODEL_SECTIONS, "image")}
-    description = copy.deepcopy(taught)
-    if choose("distill.time_label", section.time_label, ("exact", "legacy")) == "legacy":
-        taught, description = legacy_labels(taught, section.steps)
+    taught, description, guidance = describe_halving(config, held)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    guidance = make_guidance(config, held)
-    scale = held.get("distilled", {})  # what guidance an earlier halving took up
-    if guidance is not None:
-        description["cond"].update(drop=0.0, null_label=-1)
-        scale = {"cfg_scale": guidance.low}
-        if guidance.as_input:
-            description["cond"]["guidance"] = [guidance.low, guidance.high]
-            scale = {"cfg_scale": min(max(config.sampler.cfg_scale, guidance.low), guidance.high)}
-            if guidance.null_label is not None:
-                student = add_guidance_input(student)
-                description["backbone"] = dict(description["backbone"]) | {"guidance_embed": True}
+    if guidance is not None and guidance.as_input and guidance.null_label is not None:
+        student = add_guidance_input(student)
     halving = Halving(frozen_denoiser(config, teacher, taught, precision, device), section.steps, section.weighting,
                       section.gamma, section.target, section.clip_teacher, guidance)
-    description["sampler"] = student_sampler(section.steps, make_schedule(**description["schedule"]), section.sampler)
-    if scale:  # an unguided student samples at scale 1
-        as_input = "guidance" in description["cond"]
-        description["sampler"]["cfg_scale"] = scale["cfg_scale"] if as_input else 1.0
-        description["distilled"] = scale
     adopt_sampler(config, description)
     return student, description, halving

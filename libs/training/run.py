@@ -1,7 +1,7 @@
 """The folder of a training run: which run it is (config.json), and where it stands (ckpts)."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,20 @@ FREE_FIELDS = tuple(f"train.{name}" for name in (
     "data.download", "data.shard_cache", "data.shard_cache_gb", "cond.text_encoder", "cond.tokens",
     "distill.text_encoder_device")
 
+EARLIER = {"distill.convert_trust": 0.0}  # what runs did before a field came that the base config does not have
+START_WEIGHTS = "start_weights"  # in config.json: the digest of the weights that `start` named
+
 
 class Run:
     """The run in `workdir`: the one that is there already, or a new one.
 
-    start: what --checkpoint named, the weights that the run starts from.
+    start: what --checkpoint named, the weights that the run starts from. spare: fields of no account to this run.
     Raises UserError where the folder holds a run of another config, naming the first field that differs.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict, start: str | None, processes: Processes):
-        self.workdir = workdir
+    def __init__(self, workdir: Path, config: ConfigDict, start: str | None, processes: Processes,
+                 spare: Collection[str] = ()):
+        self.workdir, self.spare, self.start_weights = workdir, spare, None
         self.checkpoints = Checkpoints(workdir / "ckpts", config.train.keep)
         self.processes = processes
         self.config, self.start = config, start or ""
@@ -47,6 +51,16 @@ class Run:
             with atomic_path(self.workdir / "config.json") as temporary:
                 temporary.write_text(json.dumps(self._wanted(), indent=1) + "\n")
 
+    def start_from(self, weights: str) -> None:
+        """Take down the digest of the weights that `start` names. Raises UserError where the run learned from others
+        of that name; a run that began before digests were kept does not tell.
+        """
+        held = read_config(self.workdir).get(START_WEIGHTS) if self.checkpoints.steps() else None
+        if held not in (None, weights):
+            raise UserError(f"--workdir: {self.workdir} learned from other weights than {self.start} has now; remove "
+                            "that folder and those of the stages after it, or choose another --workdir")
+        self.start_weights = weights
+
     def resume(self) -> Saved | None:
         """The newest whole checkpoint, the same one on every process; None for a new run."""
         saved = self.checkpoints.newest() if self.processes.is_main else None
@@ -54,27 +68,31 @@ class Run:
         return self.checkpoints.load(step) if saved is None and step >= 0 else saved
 
     def _wanted(self) -> dict[str, Any]:
-        return json.loads(json.dumps(self.config.to_dict() | {"start": self.start}))  # tuples become lists
+        weights = {START_WEIGHTS: self.start_weights} if self.start_weights else {}
+        return json.loads(json.dumps(self.config.to_dict() | {"start": self.start} | weights))  # tuples become lists
 
     def _refuse_other(self) -> None:
-        path = self.workdir / "config.json"
-        try:
-            held = json.loads(path.read_text())
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"--workdir={self.workdir} holds checkpoints, but its config.json cannot be read "
-                            f"({reason(error)}); choose another folder") from error
-        held, wanted = _flat(held), _flat(self._wanted())
-        usual = _flat(base_config().to_dict())
+        held, wanted = _flat(read_config(self.workdir)), _flat(self._wanted())
+        usual = EARLIER | _flat(base_config().to_dict())
         for field in wanted.keys() - held.keys() & usual.keys():  # it came after the run, which had what is usual now
             held[field] = json.loads(json.dumps(usual[field]))
         kept = {"cond.tokens"} if held.get("cond.kind") == "image" else set()  # its texts are embedded in training
         for field in sorted({*held, *wanted}):
-            free = field.split(".")[0] in FREE_SECTIONS or field in {*FREE_FIELDS} - kept
+            free = field.split(".")[0] in FREE_SECTIONS or field in {*FREE_FIELDS, *self.spare, START_WEIGHTS} - kept
             if free or held.get(field) == wanted.get(field):
                 continue
             name = "--checkpoint" if field == "start" else f"--config.{field}"
             raise UserError(f"{name}={wanted.get(field)!r}: the run in --workdir={self.workdir} has "
                             f"{held.get(field)!r}; go on with that, or choose another folder")
+
+
+def read_config(workdir: Path) -> dict[str, Any]:
+    """config.json of a folder that holds checkpoints."""
+    try:
+        return json.loads((workdir / "config.json").read_text())
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"--workdir={workdir} holds checkpoints, but its config.json cannot be read "
+                        f"({reason(error)}); choose another folder") from error
 
 
 def refuse_failure(run: Run, failed_step: int, parameters: Sequence[Tensor], step: int) -> None:
