@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from two_processes import run_in_two
 
 import distillate
@@ -207,6 +208,24 @@ def test_the_papers_schedule(tmp_path, run_main):
     ran = run_main(sample.main, f"{DIGITS}:cosine", *TINY, f"--checkpoint={run}", "--seeds=0-1", f"--out={out}")
     assert ran.status == 0, ran.stderr
     assert json.loads((out / "summary.json").read_text())["nfe"] == 8
+
+
+def test_compiled_networks_learn_what_eager_ones_do(eps_teacher, eps_students, tmp_path, run_main, monkeypatch,
+                                                    fresh_compiler):
+    """Student and teacher, in stage 0 and in a halving."""
+    compiled, nets = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda net, **options: nets.append(net) or compiled(net, backend="aot_eager"))
+    ran = run_main(distillate.main, DISTIL, *TINY, *SHORT, *ONE, f"--checkpoint={eps_teacher}", f"--workdir={tmp_path}",
+                   "--config.compute.compile=true", "--config.distill.pair_images=0")
+    assert ran.status == 0, ran.stderr
+    learning = [next(net.parameters()).requires_grad for net in nets]
+    assert learning == [False, True] * 2
+    assert counters["stats"]["unique_graphs"] >= 2  # with and without gradients; the next stage takes them over
+    assert not counters["graph_break"]
+    for name in ("convert", "steps_0008"):
+        one, other = ([json.loads(line)["loss"] for line in (folder / name / "stats.jsonl").read_text().splitlines()]
+                      for folder in (eps_students, tmp_path))
+        assert other == pytest.approx(one, rel=1e-4)
 
 
 def test_killed_while_it_reports_a_student_is_finished(teacher, tmp_path, run_main, monkeypatch):
