@@ -1,4 +1,4 @@
-"""The one place that knows what a network predicts (eps, x_0, v, flow, eps_damped, both) and its own unit of time.
+"""The one place that knows what a network predicts (eps, x_0, v, flow, both) and its own unit of time.
 
     denoise(x_t, t, cond) -> Prediction(x_0, eps)
 
@@ -35,37 +35,12 @@ def rows(c: Tensor, x: Tensor) -> Tensor:
     return c if c.dim() == 0 else c.to(x.device, x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
-DAMPING = 0.1  # the alpha about which eps_damped leaves eps; 1 / DAMPING is by what it multiplies errors at most
-
-
-def _damped(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(c, d) of v = c out + d x_t, what eps_damped means by its output.
-
-    Of eps it is c = 1 / alpha and d = -sigma / alpha (alpha^2 + sigma^2 = 1), which multiplies errors 150-fold at the
-    noise end of U-ViT's schedule. Here c stays below 1 / DAMPING and d goes to 0, while at alpha = 3 DAMPING either is
-    within 1.3 % of that of eps: a network of eps is nearly one of eps_damped, save at high noise.
-    """
-    soft = alpha**4 + DAMPING**4
-    return (alpha**2 + sigma**2) * soft**-0.25, -sigma * alpha**3 / soft
-
-
-def _to_damped(x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    c, d = _damped(alpha, sigma)
-    return (TARGETS["v"](x_0, eps, alpha, sigma) - d * (alpha * x_0 + sigma * eps)) / c
-
-
-def _from_damped(x_t: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
-    c, d = _damped(alpha, sigma)
-    return PREDICTIONS["v"](x_t, c * out + d * x_t, alpha, sigma)
-
-
 # What the network outputs, from x_0 and eps: for the loss.
 TARGETS = {
     "eps": lambda x_0, eps, alpha, sigma: eps,
     "x_0": lambda x_0, eps, alpha, sigma: x_0,
     "v": lambda x_0, eps, alpha, sigma: alpha * eps - sigma * x_0,  # 2202.00512, appendix D
     "flow": lambda x_0, eps, alpha, sigma: eps - x_0,
-    "eps_damped": _to_damped,
     "both": lambda x_0, eps, alpha, sigma: torch.cat([x_0, eps], dim=1),  # 2202.00512, section 4
 }
 
@@ -77,7 +52,6 @@ PREDICTIONS = {
                                                    (sigma * x_t + alpha * out) / (alpha**2 + sigma**2)),
     "flow": lambda x_t, out, alpha, sigma: Prediction((x_t - sigma * out) / (alpha + sigma),
                                                       (x_t + alpha * out) / (alpha + sigma)),
-    "eps_damped": _from_damped,
     "both": lambda x_t, out, alpha, sigma: _from_both(x_t, *out.chunk(2, dim=1), alpha, sigma),
 }
 
@@ -107,8 +81,7 @@ class Denoiser:
     """A network (or a policy around one) as `denoise(x_t, t, cond)`.
 
     net          `net(x, timesteps, y=None, context=None)`
-    prediction   what it outputs: eps, x_0, v, flow, eps_damped (eps, but at high noise), or both (twice the channels:
-                 x_0, then eps)
+    prediction   what it outputs: eps, x_0, v, flow, or both (twice the channels: x_0, then eps)
     time_input   its unit of time: 999t, 1000t, 1000sigma, step (1 to N), index (0 to N - 1) or logsnr
     time_scale   factor on that time
     autocast     a context manager factory for mixed precision, or None
@@ -163,19 +136,12 @@ class Denoiser:
         return alpha * x_0 + sigma * eps
 
     def loss(self, x_0: Tensor, eps: Tensor, t: Tensor, cond: dict | None = None) -> Tensor:
-        """Mean squared error of the network's own output, one value a row: (b,); see `squared_error`."""
+        """Mean squared error of the network's own output, one value a row: (b,)."""
         return self.squared_error(self.diffuse(x_0, eps, t), t, self.target(x_0, eps, t), cond)
 
     def squared_error(self, x_t: Tensor, t: Tensor, target: Tensor, cond: dict | None = None) -> Tensor:
-        """(b,), the mean over the pixels of (output - target)^2, which of eps_damped counts as an error of v."""
-        error = (self.output(x_t, t, cond) - target).float().square().flatten(1).mean(dim=1)
-        return error * self.error_weight(t).to(error.device, error.dtype)
-
-    def error_weight(self, t: Tensor) -> Tensor:
-        """By what squared errors of the output count in a loss, shaped as t, on the host: 1, of eps_damped c^2."""
-        if self.prediction != "eps_damped":
-            return torch.ones_like(t)
-        return _damped(self.schedule.alpha(t), self.schedule.sigma(t))[0].square()
+        """Likewise, of a target that the network's output should be."""
+        return (self.output(x_t, t, cond) - target).float().square().flatten(1).mean(dim=1)
 
 
 def guided(denoise: Denoise, cfg_scale: float | Tensor, null: dict) -> Denoise:

@@ -42,33 +42,6 @@ def test_v_loss_is_snr_plus_one_weighting():
     assert torch.allclose(denoiser.loss(x_0, eps, t).double(), expect, rtol=1e-5)
 
 
-def test_damped_eps_is_eps_where_data_show_and_never_amplifies_beyond_its_bound():
-    """U-ViT's schedule: eps alone multiplies errors of x_0 by 150 at t = 1."""
-    schedule = make_schedule("vp_linear")
-    t = torch.tensor([0.05, 0.3, 0.5, 0.7, 0.9, 1.0], dtype=torch.float64)
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    x_t, out = torch.randn(2, 6, dtype=torch.float64)
-    for prediction, bound in (("eps", 160), ("eps_damped", 10)):
-        x_0 = PREDICTIONS[prediction](x_t, out, alpha, sigma).x_0
-        moved = (PREDICTIONS[prediction](x_t, out + 1, alpha, sigma).x_0 - x_0).abs()
-        assert bound * 0.9 < moved.max() < bound
-    eps = PREDICTIONS["eps_damped"](x_t, x_t / 2, alpha, sigma).eps
-    torch.testing.assert_close(eps[:2], x_t[:2] / 2, atol=2e-3, rtol=0)
-    assert (eps - x_t / 2)[3:].abs().min() > 0.1
-
-
-def test_damped_eps_counts_errors_as_v_does():
-    schedule, t = make_schedule("vp_linear"), torch.tensor([0.2, 0.7, 1.0]).double()
-    x_0, eps = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
-    damped, v = (Denoiser(None, schedule, prediction) for prediction in ("eps_damped", "v"))
-    damped.net = double
-    x_t = damped.diffuse(x_0, eps, t)
-    said = damped(x_t, t)
-    v.net = lambda x, timesteps: v.target(*said, t)
-    torch.testing.assert_close(damped.loss(x_0, eps, t), v.loss(x_0, eps, t), rtol=1e-5, atol=0)
-    assert torch.equal(v.error_weight(t), torch.ones(3, dtype=torch.float64))
-
-
 def test_time_inputs():
     seen = []
 

@@ -34,8 +34,6 @@ def amplification(prediction: str, alpha: Tensor, sigma: Tensor) -> Tensor:
 class Conversion:
     """The objective `conversion(student, batch) -> (b,)`: mean squared error of the student's own output.
 
-    From eps to eps_damped only high noise has much to learn.
-
     model   what is converted, as it was, in eval mode
     trust   largest amplification at which its converted prediction is the target, v being what networks of all kinds
             err alike in; beyond it the data and their noise are, as in `diffusion_loss`. 0 is data at all times

@@ -21,7 +21,7 @@ def student_prediction(section: Mapping, teacher: Mapping[str, Any]) -> str:
     """What the students predict: `distill.prediction`, or where it is empty, as the teacher, but v for one of eps."""
     held = teacher["denoiser"]["prediction"]
     wanted = section["prediction"] or ("v" if held == "eps" else held)
-    choose("distill.prediction", wanted, ("v", "x_0", "eps", "eps_damped", "both"))
+    choose("distill.prediction", wanted, ("v", "x_0", "eps", "both"))
     if "both" in (held, wanted) and held != wanted:
         raise UserError(f"--config.distill.prediction={section['prediction']}: the teacher predicts {held}; a network "
                         "for both has twice as many output channels as others")

@@ -122,7 +122,7 @@ class LayerwiseLoss:
     def __call__(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         x_t, t, cond, target = self.lesson(denoiser, batch)
         out, certainty = denoiser.call(x_t, t, cond, every_layer=True)
-        counts = torch.exp(-self.noise_power * denoiser.schedule.logsnr(t)).clamp(min=1) * denoiser.error_weight(t)
+        counts = torch.exp(-self.noise_power * denoiser.schedule.logsnr(t)).clamp(min=1)
         return self.of_layers(out, certainty, target, counts.to(out.device, torch.float32))
 
     def of_layers(self, out: Tensor, certainty: Tensor, target: Tensor, counts: Tensor | float = 1.0) -> Tensor:
