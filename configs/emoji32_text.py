@@ -5,6 +5,8 @@ scripts/emoji32_text.sh makes the text encoder of the captions' words, trains, d
     python train.py --config=configs/emoji32_text.py --config.data.path=data/emoji64.tar --workdir=runs/emoji32_text/teacher
     python distillate.py --config=configs/emoji32_text.py:flash --config.data.path=data/emoji64.tar --checkpoint=runs/emoji32_text/teacher --workdir=runs/emoji32_text/student
     python sample.py --config=configs/emoji32_text.py --checkpoint=runs/emoji32_text/student --prompts="emoji of red heart" --seeds=0-15 --out=outputs/emoji32_text
+4,500 updates of 16 of 1,660 emoji have been tried: the loss falls to 0.16, and the samples are blotches that show nothing.
+How many it takes has not been measured.
 """
 
 from functools import partial

@@ -40,7 +40,7 @@ def teacher(tmp_path_factory):
 
 EPS = ("--config.denoiser.prediction=eps",)
 ONE = ("--config.distill.start_steps=16", "--config.distill.end_steps=8", "--config.distill.convert_updates=4",
-       "--config.distill.pair_images=2")
+       "--config.distill.convert_trust=10", "--config.distill.pair_images=2")
 
 
 @pytest.fixture(scope="module")
