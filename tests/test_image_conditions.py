@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
 from tiny_training import assert_equal_runs
@@ -117,6 +118,9 @@ def test_train_sample_evaluate(trained, digits, tmp_path, run_main):
         assert name == "bicubic"
         assert score["bicubic"] == pytest.approx(psnr(bicubic, originals).mean().item())
         assert score["bicubic"] > score["value"]  # four updates teach nothing
+        known, kept = (F.avg_pool2d(each.permute(0, 3, 1, 2).double(), 2) for each in (originals, made))
+        clipped = ((made == 0) | (made == 255)).permute(0, 3, 1, 2)
+        assert ((known - kept).abs() <= 1)[~F.max_pool2d(clipped.double(), 2).bool()].all()  # means of 2 x 2 are kept
     else:
         assert score.keys() == {"value", "samples", "pixels"}
         assert score["pixels"] == "hole"
@@ -204,6 +208,18 @@ def test_going_on_is_the_same_as_not_stopping(trained, tmp_path, run_main):
                      "--config.cond.masks=boxes")
     assert other.status == 2
     assert "the run in --workdir=" in other.stderr
+
+
+def test_what_is_known_of_an_enlarged_image_is_kept():
+    """The nearest image with the small one's means, which changes nothing where they are right already."""
+    task = SuperResolution(2, (8, 8))
+    image, made = 0.6 * torch.rand(2, 4, 3, 8, 8) - 0.3
+    kept = task.keep(made, image, None)
+    small = F.avg_pool2d(image, 2)
+    assert (F.avg_pool2d(kept, 2) - small).abs().max() < 0.5 / 127.5 + 1e-5  # the small image's own rounding
+    torch.testing.assert_close(task.keep(kept, image, None), kept)
+    torch.testing.assert_close(kept - made, F.interpolate(F.avg_pool2d(kept - made, 2), scale_factor=2))
+    assert task.keep(9 * made, image, None).abs().max() <= 1
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -66,6 +66,10 @@ class Conditioner(ABC):
         """(b, 1, H, W) bool, the pixels that the network makes, the others being known; None for all."""
         return None
 
+    def keep(self, made: Tensor, images: Tensor, draws: Draws) -> Tensor:
+        """What the network made, with what the condition knows of `images` as it is; both (b, c, H, W) from -1 to 1."""
+        return made
+
 
 class Apply(Conditioner):
     """Any function `function(value) -> (b, ...)`, or an nn.Module, which is frozen.

@@ -120,6 +120,13 @@ class Conditioners:
         holes = [each.hole(images, draws) for each in self.parts if each.reads == "image"]
         return next((hole for hole in holes if hole is not None), None)
 
+    def keep(self, made: Tensor, images: Tensor, draws: Draws) -> Tensor:
+        """(b, c, H, W): what was made of the conditions of `images`, with what they know of these as it is."""
+        for each in self.parts:
+            if each.reads == "image":
+                made = each.keep(made, images, draws)
+        return made
+
     def check(self, net: nn.Module, image: Mapping[str, int], size: tuple[int, int], labelled: bool = False) -> None:
         """Try one black image, and the empty text: a UserError for what the network does not take.
 

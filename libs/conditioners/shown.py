@@ -104,9 +104,11 @@ class Shown:
         return picture if picture is not None and picture[0] else None
 
     def finish(self, seeds: Sequence[int], images: Tensor) -> Tensor:
-        """The images (b, h, w, c) with the known pixels as they were."""
-        hole = self.hole(seeds)
-        return images if hole is None else torch.where(hole, images, self.originals(seeds))
+        """The images (b, h, w, c) with what is known of the originals as it is: pixels, or means of pixels."""
+        if not self.of_images:
+            return images
+        kept = self.conditioners.keep(_floats(images), _floats(self.originals(seeds)), _draws(seeds))
+        return PixelCodec().decode(kept)
 
     def beside(self, seeds: Sequence[int], images: Tensor) -> Tensor:
         """uint8 (b, h, 3w, c): condition (where it can be seen), image and original side by side; the images as they

@@ -35,12 +35,21 @@ class SuperResolution(Conditioner):
     def picture(self, images: Tensor, draws: Draws) -> Tensor:
         return self._enlarged(images, images.shape[2:])
 
-    def _enlarged(self, images: Tensor, size: Sequence[int]) -> Tensor:
+    def keep(self, made: Tensor, images: Tensor, draws: Draws) -> Tensor:
+        """The mean of each factor^2 pixels is the small image's pixel: the nearest image of which that is true, before
+        it is clipped (2212.00490, its range-null space decomposition with A the mean).
+        """
+        error = self._small(images) - F.avg_pool2d(made, self.factor)
+        return (made + F.interpolate(error, made.shape[2:], mode="nearest")).clamp(-1, 1)
+
+    def _small(self, images: Tensor) -> Tensor:
         if any(side % self.factor for side in images.shape[2:]):
             raise UserError(f"cond.factor={self.factor} does not divide images of {images.shape[2]}x{images.shape[3]}")
         small = F.avg_pool2d(images, self.factor)
-        small = ((small + 1) * 127.5).round() / 127.5 - 1  # an image file's levels
-        return F.interpolate(small, tuple(size), mode="bicubic", antialias=True).clamp(-1, 1)
+        return ((small + 1) * 127.5).round() / 127.5 - 1  # an image file's levels
+
+    def _enlarged(self, images: Tensor, size: Sequence[int]) -> Tensor:
+        return F.interpolate(self._small(images), tuple(size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 class Inpainting(Conditioner):
@@ -60,6 +69,9 @@ class Inpainting(Conditioner):
 
     def picture(self, images: Tensor, draws: Draws) -> Tensor:
         return images.masked_fill(self.hole(images, draws), 0)
+
+    def keep(self, made: Tensor, images: Tensor, draws: Draws) -> Tensor:
+        return torch.where(self.hole(images, draws), made, images)
 
     def hole(self, images: Tensor, draws: Draws) -> Tensor:
         h, w = images.shape[2:]
