@@ -1,8 +1,8 @@
 """Items of a data set in their order, made by worker processes."""
 
+import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,11 +51,10 @@ def _as_it_is(item: Any) -> Any:
 
 def _end_with_parent(worker: int) -> None:
     """A worker whose parent was killed would wait for ever to hand over its items: end it."""
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()  # not os.getppid(): it misses a parent that died before this line
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
