@@ -92,10 +92,10 @@ def test_the_chain_is_left_as_it_was(chain):
 def test_peak_memory():
     with bench.PeakMemory(torch.device("cpu")) as nothing:
         pass
-    with bench.PeakMemory(torch.device("cpu")) as memory:
-        with mmap.mmap(-1, 2**26) as pages:  # 64 MiB of new pages: malloc may have kept as much from other tests
-            for at in range(0, 2**26, mmap.PAGESIZE):
-                pages[at] = 1
+    # 64 MiB of new pages: malloc may have kept as much from other tests.
+    with bench.PeakMemory(torch.device("cpu")) as memory, mmap.mmap(-1, 2**26) as pages:
+        for at in range(0, 2**26, mmap.PAGESIZE):
+            pages[at] = 1
     if not Path("/proc/self/clear_refs").exists():
         assert memory.mib is None
         return

@@ -1,25 +1,17 @@
 """scripts/emoji32_uvit.sh from captioned pictures to samples of latent U-ViTs: its commands, with tiny networks."""
 
 import importlib
-import shlex
-import shutil
-import subprocess
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from shell_scripts import noting
 
 from libs.training.state import Checkpoints
 
-SCRIPT = Path(__file__).parents[1] / "scripts/emoji32_uvit.sh"
-BASH = shutil.which("bash")
-STUB = """#!{bash}
-[ "$1" = -c ] && echo 0.5 && exit 0
-printf '%q ' "$@" >> {calls}
-echo >> {calls}
-"""
 NETWORK = ("--config.compute.device=cpu", "--config.compute.rows=4", "--config.backbone.embed_dim=16",
            "--config.backbone.depth=2", "--config.backbone.num_heads=2", "--config.sampler.steps=2")
 TRAINING = ("--config.train.steps=2", "--config.train.batch_size=4", "--config.train.preview_every=0")
@@ -40,20 +32,8 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def run_script(tmp_path):
-    """What bash says, and the commands that the script called, each a list of words."""
-    venv, calls = tmp_path / "noting", tmp_path / "calls"
-    (venv / "bin").mkdir(parents=True)
-    (venv / "bin/python").write_text(STUB.format(bash=BASH, calls=calls))
-    (venv / "bin/python").chmod(0o755)
-    (venv / "bin/activate").write_text(f"PATH={venv}/bin:$PATH\n")
-
-    def run(*argv, **env):
-        env = {"PATH": "/usr/bin:/bin", "VENV": str(venv), **{key: str(value) for key, value in env.items()}}
-        ran = subprocess.run([BASH, SCRIPT, *map(str, argv)], env=env, capture_output=True, text=True)
-        noted = [shlex.split(line) for line in calls.read_text().splitlines()] if calls.exists() else []
-        return ran, [words for words in noted if words[:2] != ["-m", "pip"]]
-
-    return run
+    factor = '[ "$1" = -c ] && echo 0.5 && exit 0'  # the scale of the latents, which the script asks for
+    return partial(noting(tmp_path, factor), "emoji32_uvit.sh")
 
 
 def test_from_pictures_to_samples(pictures, run_script, run_main, tmp_path):

@@ -1,26 +1,17 @@
 """scripts/emoji32_text.sh from captioned shards to the pictures of a LoRA of a few steps: tiny networks."""
 
 import importlib
-import shlex
-import shutil
-import subprocess
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
+from shell_scripts import noting
 from small_shards import sample, write_tar
 
 from libs.checkpoint import load_described, resolve
 from libs.training.state import Checkpoints
 
-SCRIPT = Path(__file__).parents[1] / "scripts/emoji32_text.sh"
-BASH = shutil.which("bash")
-STUB = """#!{bash}
-[ "$1" = -c ] && exit 0
-printf '%q ' "$@" >> {calls}
-echo >> {calls}
-"""
 FLAGS = ("--config.compute.device=cpu", "--config.compute.rows=4", "--config.backbone.embed_dim=16",
          "--config.backbone.depth=2", "--config.backbone.num_heads=2", "--config.backbone.patch_size=8",
          "--config.train.batch_size=4", "--config.train.preview_every=0")
@@ -29,20 +20,7 @@ FLASH = ("--config.distill.teacher_steps=4", "--config.distill.lora_rank=2")
 
 @pytest.fixture
 def run_script(tmp_path):
-    """What bash says, and the commands that the script called, each a list of words."""
-    venv, calls = tmp_path / "noting", tmp_path / "calls"
-    (venv / "bin").mkdir(parents=True)
-    (venv / "bin/python").write_text(STUB.format(bash=BASH, calls=calls))
-    (venv / "bin/python").chmod(0o755)
-    (venv / "bin/activate").write_text(f"PATH={venv}/bin:$PATH\n")
-
-    def run(*argv, **env):
-        ran = subprocess.run([BASH, SCRIPT, *map(str, argv)], capture_output=True, text=True, cwd=tmp_path,
-                             env={"PATH": "/usr/bin:/bin", "VENV": str(venv), **env})
-        noted = [shlex.split(line) for line in calls.read_text().splitlines()] if calls.exists() else []
-        return ran, [words for words in noted if words[:2] != ["-m", "pip"]]
-
-    return run
+    return partial(noting(tmp_path), "emoji32_text.sh", cwd=tmp_path)
 
 
 def test_from_shards_to_the_students_pictures(run_script, run_main, tmp_path):

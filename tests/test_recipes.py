@@ -7,8 +7,6 @@ import json
 import math
 import os
 import re
-import shlex
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,19 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from shell_scripts import BASH, SCRIPTS, noting
 
 from libs.config import load
 from libs.policies.exit_schedule import depths_of
 from libs.seeds import parse_seeds
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-BASH = shutil.which("bash")
-PYTHON = """#!{bash}
-[ "$1" = -c ] && [[ $2 = *zipfile* || $2 = *executed_ratio* ]] && exec {python} "$@"
-[[ $2 = "import pip" || $2 = pip ]] && exit 0
-printf '%q ' "$@" >>{calls}
-echo >>{calls}
-"""
+# What the stages read of zip files and of results, they read.
+ANSWERS = f'[ "$1" = -c ] && [[ $2 = *zipfile* || $2 = *executed_ratio* ]] && exec {sys.executable} "$@"'
 PUBLISHED = {line.split("\t")[0]: line.split("\t")[1] for line in (SCRIPTS / "downloads.tsv").read_text().splitlines()
              if line and not line.startswith("#")}
 
@@ -52,20 +45,12 @@ NAMES = sorted({row[0] for row in RECIPES})
 @pytest.fixture
 def recipe(tmp_path):
     """Run a stage of scripts/NAME.sh with DATA, WORKDIR and OUT in a folder of its own: status, what it said, calls."""
-    venv, calls = tmp_path / "noting", tmp_path / "noted"
-    (venv / "bin").mkdir(parents=True)
-    (venv / "bin/python").write_text(PYTHON.format(bash=BASH, python=sys.executable, calls=calls))
-    (venv / "bin/python").chmod(0o755)
-    (venv / "bin/activate").write_text(f"PATH={venv}/bin:$PATH\n")
     places = {name: tmp_path / "my files" / name.lower() for name in ("DATA", "WORKDIR", "OUT")}
+    run_script = noting(tmp_path, ANSWERS, **places)
 
-    def run(name, *argv, cwd=None, **env):
-        calls.unlink(missing_ok=True)
-        env = {"PATH": "/usr/bin:/bin", "VENV": str(venv), **places, **env}
-        ran = subprocess.run([BASH, SCRIPTS / f"{name}.sh", *map(str, argv)], cwd=cwd, capture_output=True, text=True,
-                             env={key: str(value) for key, value in env.items() if value is not None})
-        noted = [shlex.split(line) for line in calls.read_text().splitlines()] if calls.exists() else []
-        return SimpleNamespace(status=ran.returncode, stdout=ran.stdout, stderr=ran.stderr, calls=noted)
+    def run(name, *argv, **options):
+        ran, calls = run_script(f"{name}.sh", *argv, **options)
+        return SimpleNamespace(status=ran.returncode, stdout=ran.stdout, stderr=ran.stderr, calls=calls)
 
     run.data, run.workdir, run.out = places.values()
     return run

@@ -4,8 +4,6 @@ commands that they run, which are then run here.
 
 import importlib
 import json
-import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,14 +11,13 @@ import numpy as np
 import pytest
 from network_pipelines import PIPELINES
 from PIL import Image
+from shell_scripts import BASH, SCRIPTS, noting
 from small_shards import png
 
 from libs.seeds import parse_seeds
 from libs.tables import fill_tables
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 ENV_SH = SCRIPTS / "env.sh"
-BASH = shutil.which("bash")
 
 PYTHON = """#!{bash}
 [ "$1" = -c ] && exit 0
@@ -91,12 +88,6 @@ def test_python_without_venv(project):
 
 # what the scripts of progressive distillation run
 
-NOTE_CALLS = """#!{bash}
-[ "$1" = -c ] && exit 0
-[ "$2" = pip ] && exit 0
-printf '%q ' "$@" >>{calls}
-echo >>{calls}
-"""
 DIGITS_TINY = ("--config.compute.device=cpu", "--config.backbone.patch_size=4", "--config.backbone.embed_dim=16",
                "--config.backbone.depth=2", "--config.backbone.num_heads=2", "--config.train.batch_size=8")
 UNET_TINY = ("--config.compute.device=cpu", "--config.backbone.channel=8", "--config.backbone.channel_multiplier=1,2",
@@ -106,20 +97,7 @@ UNET_TINY = ("--config.compute.device=cpu", "--config.backbone.channel=8", "--co
 
 @pytest.fixture
 def run_script(tmp_path):
-    """Run scripts/NAME: (what bash says, the commands that it called, each a list of words)."""
-    venv, calls = tmp_path / "noting", tmp_path / "noted"
-    (venv / "bin").mkdir(parents=True)
-    for program in ("python", "accelerate"):
-        (venv / "bin" / program).write_text(NOTE_CALLS.format(bash=BASH, calls=calls))
-        (venv / "bin" / program).chmod(0o755)
-    (venv / "bin/activate").write_text(f"PATH={venv}/bin:$PATH\n")
-
-    def run(name, *argv, cwd=None, **env):
-        env = {"PATH": "/usr/bin:/bin", "VENV": str(venv)} | {key: str(value) for key, value in env.items()}
-        ran = subprocess.run([BASH, SCRIPTS / name, *argv], cwd=cwd, env=env, capture_output=True, text=True)
-        return ran, [shlex.split(line) for line in calls.read_text().splitlines()] if calls.exists() else []
-
-    return run
+    return noting(tmp_path)
 
 
 def run_call(run_main, call, *more):
@@ -375,7 +353,6 @@ def test_flash_ablation(run_script, run_main, tmp_path):
     assert taught.status == 0, taught.stderr
     _, both = run_script("flash_ablation.sh", f"--checkpoint={tmp_path}/teacher", *train, OUT=out, WORKDIR=workdir,
                          ARMS="distil modes", UPDATES="1,1,1,1", RANK=2, SAMPLES=4)
-    both = both[len(calls):]
     for call in both[:-1]:
         run_call(run_main, call, *small)
     told = [json.loads((out / f"{arm}_{seed}.json").read_text()) for arm in ("distil", "modes") for seed in "01"]
