@@ -62,7 +62,7 @@ def progressive(config: ConfigDict) -> None:
         "target": "ddim2",  # where two DDIM steps of the teacher end; x2 is the teacher's second estimate
         "weighting": "snr_trunc",  # of the squared error of x_0: const, snr, snr_trunc, snr+1, gamma
         "gamma": 0.0,  # exponent of the weighting gamma
-        "prediction": "",  # of the students: v, x_0, eps, both; "" is the teacher's, but v for one of eps
+        "prediction": "",  # of the students: v, x_0, eps, eps_damped, both; "" is the teacher's, but v for one of eps
         "convert_updates": 10_000,  # of stage 0, which trains such a teacher on to that prediction
         "convert_lr": 2e-4,
         "convert_ema": 0.999,

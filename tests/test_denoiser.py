@@ -42,6 +42,35 @@ def test_v_loss_is_snr_plus_one_weighting():
     assert torch.allclose(denoiser.loss(x_0, eps, t).double(), expect, rtol=1e-5)
 
 
+def test_damped_eps_is_eps_where_something_shows_and_never_amplifies_beyond_its_bound():
+    """On U-ViT's schedule, where eps multiplies its errors by 150 at t = 1."""
+    schedule = make_schedule("vp_linear")
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    x_t, out = torch.randn(2, 101, dtype=torch.float64)
+    for prediction, bound in (("eps", 160), ("eps_damped", 0.53 / 0.025)):
+        x_0 = PREDICTIONS[prediction](x_t, out, alpha, sigma).x_0
+        moved = (PREDICTIONS[prediction](x_t, out + 1, alpha, sigma).x_0 - x_0).abs()
+        assert bound * 0.9 < moved.max() < bound
+    plain, damped = (PREDICTIONS[prediction](x_t, out, alpha, sigma) for prediction in ("eps", "eps_damped"))
+    believed = damped.x_0 / plain.x_0
+    assert believed[:61].min() > 0.99
+    assert believed.diff().max() <= 1e-12, "the more noise, the less is believed"
+    assert believed[-1] < 0.03
+    torch.testing.assert_close(alpha * damped.x_0 + sigma * damped.eps, x_t)
+    assert damped.eps[0].isfinite(), "sigma is 0"
+
+
+def test_damped_eps_counts_errors_as_v_does():
+    schedule, t = make_schedule("vp_linear"), torch.tensor([0.2, 0.7, 1.0]).double()
+    x_0, eps = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
+    damped, v = (Denoiser(double, schedule, prediction) for prediction in ("eps_damped", "v"))
+    said = damped(damped.diffuse(x_0, eps, t), t)
+    v.net = lambda x, timesteps: v.target(*said, t)
+    torch.testing.assert_close(damped.loss(x_0, eps, t), v.loss(x_0, eps, t), rtol=1e-5, atol=0)
+    assert torch.equal(v.error_scale(t), torch.ones(3, dtype=torch.float64))
+
+
 def test_time_inputs():
     seen = []
 

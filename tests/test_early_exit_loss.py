@@ -32,6 +32,15 @@ def loss_of(**options):
     return LayerwiseLoss(**options).of_layers(out, certainty, target), out, certainty
 
 
+def test_differences_count_in_the_unit_that_is_given():
+    """Twice the numbers in half the unit."""
+    out, certainty, target = tensors(G), tensors(C), tensors(EPS).detach()
+    for name in ("eps_error", "final_gap"):
+        loss, scale = LayerwiseLoss(target=name), torch.tensor([2.0, 0.5]).view(2, 1, 1, 1)
+        torch.testing.assert_close(loss.of_layers(out / scale, certainty, target / scale, scale=scale),
+                                   loss.of_layers(out, certainty, target))
+
+
 def mean(values):
     return sum(values) / len(values)
 

@@ -12,6 +12,7 @@ from PIL import Image
 from libs import build
 from libs import config as config_files
 from libs.checkpoint import load_described, save_backbone
+from libs.denoiser import PREDICTIONS, Denoiser
 from libs.distillation.progressive import student_sampler
 from libs.exits import report as exit_report
 from libs.exits.calibration import Certainties, calibration, certainties
@@ -110,6 +111,24 @@ def test_certainties_are_means_over_the_image_in_its_bin(path):
     gap = (out[1, 2] - out[-1, 2]).abs()
     assert held.final_gap[1, 2] == pytest.approx(float((1 - gap.tanh()).mean()), abs=1e-6)
     assert (held.final_gap[-1] == 1).all()
+
+
+def test_differences_of_damped_eps_are_those_of_v(path):
+    config, chain, description = load(path)
+    [batch] = Batches(load_training_data(config.data, description, tiny_exits.CPU), chain.codec, description["cond"],
+                      False, 0, 6).parts(1)
+    plain = plain_denoiser(chain)
+    damped = Denoiser(plain.net, plain.schedule, "eps_damped", config.denoiser.time_input)
+    t = torch.tensor([0.9], dtype=torch.float64)
+    held = certainties(damped, batch, 1, t)
+    rows = t.expand(6)
+    x_t = damped.diffuse(batch.x_0, batch.noise(), rows)
+    with torch.no_grad():
+        first, *_, last = damped.call(x_t, rows, batch.cond, every_layer=True)[0]
+    first, last = (PREDICTIONS["eps_damped"](x_t, out, *damped.alpha_sigma(rows, x_t)) for out in (first, last))
+    v = Denoiser(None, plain.schedule, "v")
+    gap = (v.target(*first, rows) - v.target(*last, rows)).abs()
+    torch.testing.assert_close(held.final_gap[0], (1 - gap.tanh()).mean(dim=(1, 2, 3)).float(), rtol=1e-4, atol=1e-5)
 
 
 def test_times_of_a_discrete_schedule_are_its_steps(tmp_path):

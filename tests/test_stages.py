@@ -388,7 +388,7 @@ MISTAKES = [
     (["--config.schedule.name=cosine"], "schedule.name=cosine: the teacher was trained on squared_cosine"),
     (["--config.distill.cfg_range=4,1"], "cfg_range=(4, 1): want two scales, such as 1,4, the lower one first"),
     (["--config.distill.cfg_range=1,4", "--config.distill.cfg_scale=2"], "give one of them"),
-    (["--config.distill.prediction=w"], "distill.prediction='w' is unknown; choose from v, x_0, eps, both"),
+    (["--config.distill.prediction=w"], "distill.prediction='w' is unknown; choose from v, x_0, eps, eps_damped, both"),
     (["--config.distill.time_label=old"], "distill.time_label='old' is unknown; choose from exact, legacy"),
     (["--config.distill.time_label=legacy", "--config.distill.start_steps=48"], "48 steps do not divide"),
     (["--config.distill.target=x3"], "distill.target='x3' is unknown; choose from ddim2, x2"),
@@ -494,6 +494,24 @@ def test_model_of_eps(eps_teacher, eps_students):
     (eps_students / "steps_0008/config.json").write_text(json.dumps(held))
     again = [DISTIL, *TINY, *SHORT, *ONE, f"--checkpoint={eps_teacher}", f"--workdir={eps_students}"]
     assert distillate.main(again) == 0
+
+
+def test_a_model_of_eps_is_one_of_damped_eps_as_it_is(eps_teacher, tmp_path, run_main):
+    run = (DISTIL, *TINY, *SHORT, *EPS, *ENDS, "--config.distill.prediction=eps_damped", "--config.train.lr=1e-12",
+           f"--checkpoint={eps_teacher}", f"--workdir={tmp_path}")
+    ran = run_main(distillate.main, *run)
+    assert ran.status == 0, ran.stderr
+    stages = json.loads((tmp_path / "stages.json").read_text())["stages"]
+    assert [stage["name"] for stage in stages] == ["steps_0008", "steps_0004"], "there is no stage 0"
+    assert [description(tmp_path / stage["name"])["denoiser"]["prediction"] for stage in stages] == ["eps_damped"] * 2
+    base, student = weights(eps_teacher), weights(tmp_path / "steps_0004")
+    assert all(torch.allclose(value, student[name], atol=1e-6) for name, value in base.items())
+    again = run_main(distillate.main, *run)
+    assert (again.status, again.stderr.count("error")) == (0, 0)
+    nearest = run_main(distillate.main, DISTIL, *TINY, *SHORT, "--config.distill.stages=1", f"--checkpoint={tmp_path}",
+                       f"--workdir={tmp_path}/next")
+    assert nearest.status == 0, nearest.stderr
+    assert description(tmp_path / "next/steps_0002")["denoiser"]["prediction"] == "eps_damped"
 
 
 def test_distillers_way(teacher, tmp_path, run_main):

@@ -31,6 +31,7 @@ from ..weights import weights_digest
 from .stage_report import StageReport
 from .student import (
     describe_converted,
+    describe_first_teacher,
     describe_halving,
     make_guidance,
     prepare_conversion,
@@ -180,7 +181,8 @@ class Stages:
         guidance = make_guidance(config, self.base[1])
         if guidance is not None and guidance.as_input and guidance.null_label is not None:
             refuse_without_guidance_input(self.base[0])
-        self.stages = plan(config, self.base[1])
+        self.teacher: Model = (self.base[0], describe_first_teacher(config.distill, self.base[1]))
+        self.stages = plan(config, self.teacher[1])
         self.runs = self._open()
         self.report = StageReport(config, workdir, processes, self.precision)
         self.data = None
@@ -190,7 +192,7 @@ class Stages:
 
         began: `time.monotonic()` from which `train.max_minutes` counts, over all stages.
         """
-        teacher = self.base
+        teacher = self.teacher
         for stage, run in zip(self.stages, self.runs, strict=True):
             self.write_manifest()
             student, status = self.run_stage(stage, run, teacher, began)
@@ -210,7 +212,7 @@ class Stages:
 
     def _open(self) -> list[Run]:
         """The training folder of every stage. What would fail in a later one is told here, before the first."""
-        runs, source, description = [], self.start, self.base[1]
+        runs, source, description = [], self.start, self.teacher[1]
         self._refuse_other_plan()
         for stage in self.stages:
             config = stage_config(self.config, stage)

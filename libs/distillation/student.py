@@ -22,11 +22,19 @@ def student_prediction(section: Mapping, teacher: Mapping[str, Any]) -> str:
     """What the students predict: `distill.prediction`, or where it is empty, as the teacher, but v for one of eps."""
     held = teacher["denoiser"]["prediction"]
     wanted = section["prediction"] or ("v" if held == "eps" else held)
-    choose("distill.prediction", wanted, ("v", "x_0", "eps", "both"))
+    choose("distill.prediction", wanted, ("v", "x_0", "eps", "eps_damped", "both"))
     if "both" in (held, wanted) and held != wanted:
         raise UserError(f"--config.distill.prediction={section['prediction']}: the teacher predicts {held}; a network "
                         "for both has twice as many output channels as others")
     return wanted
+
+
+def describe_first_teacher(section: Mapping, held: Mapping[str, Any]) -> dict[str, Any]:
+    """What the first stage takes the model to be: a network of eps is one of eps_damped as it is, without a stage 0."""
+    description = copy.deepcopy(dict(held))
+    if (held["denoiser"]["prediction"], student_prediction(section, held)) == ("eps", "eps_damped"):
+        description["denoiser"]["prediction"] = "eps_damped"
+    return description
 
 
 def refuse_other_schedule(config: ConfigDict, teacher: Mapping[str, Any], overrides: Collection[str] = ()) -> None:
