@@ -515,7 +515,7 @@ def test_a_model_of_eps_is_one_of_damped_eps_as_it_is(eps_teacher, tmp_path, run
     nearest = run_main(distillate.main, DISTIL, *TINY, *SHORT, "--config.distill.stages=1", f"--checkpoint={tmp_path}",
                        f"--workdir={tmp_path}/next")
     assert nearest.status == 0, nearest.stderr
-    assert description(tmp_path / "next/steps_0002")["denoiser"]["prediction"] == "eps_damped"
+    assert description(tmp_path / "next/steps_0002", 8)["denoiser"]["prediction"] == "eps_damped"
 
 
 def test_distillers_way(teacher, tmp_path, run_main):
