@@ -21,6 +21,7 @@ from libs.training import (
     Run,
     Trainer,
     choose_precision,
+    describe_trained,
     load_training_data,
     make_objective,
     start_network,
@@ -56,7 +57,7 @@ def train(config, flags) -> int:
     else:
         net, description = start_network(config, flags.checkpoint, flags.overrides)
         objective = make_objective(config, net, description, precision, processes.device)
-        trainer = Trainer(config, run, net, description, objective, precision)
+        trainer = Trainer(config, run, net, describe_trained(config, description), objective, precision)
     trainer.restore(saved)
     status = trainer.train(load_training_data(config.data, description, processes.device), began)
     processes.close()

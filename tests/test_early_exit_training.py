@@ -14,6 +14,7 @@ from libs import config as config_files
 from libs.backbones.uvit import UViT
 from libs.build import load_chain, make_denoiser
 from libs.checkpoint import load_described, read, save_backbone
+from libs.denoiser import Denoiser
 from libs.distillation.progressive import student_sampler
 from libs.errors import UserError
 from libs.heads import UEMHeads
@@ -286,6 +287,28 @@ def test_models_of_many_steps_learn_from_their_start_at_all_times(plain):
     assert len(lesson(make_denoiser(net, description), a_batch(8)).t.unique()) == 8
     with pytest.raises(UserError, match="learn_from=start: there is no --checkpoint from which to start"):
         setup.start_network(config, None)
+
+
+def test_a_student_learns_to_say_the_same_in_other_terms(student):
+    config = config_with_flags()
+    with config.unlocked():
+        config.early_exit.update(learn_from="start", prediction="v")
+    net, held = setup.start_network(config, str(student))
+    held["denoiser"]["prediction"] = "eps_damped"
+    objective = setup.make_objective(config, net, held, "fp32", torch.device("cpu"))
+    description = setup.describe_trained(config, held)
+    assert (held["denoiser"]["prediction"], description["denoiser"]["prediction"]) == ("eps_damped", "v")
+    batch = a_batch(8)
+    x_t, t, cond, target = objective.lesson(make_denoiser(net, description), batch)
+    said = make_denoiser(net, held)(x_t, t, cond)
+    again = Denoiser(lambda x, timesteps, **_: target, make_schedule(**held["schedule"]), "v")(x_t, t)
+    torch.testing.assert_close(again.x_0, said.x_0.detach(), rtol=1e-4, atol=1e-4)
+    config.early_exit.freeze_backbone = True
+    with pytest.raises(UserError, match="early_exit.prediction=v: the checkpoint predicts eps_damped, and with early"):
+        setup.describe_trained(config, held)
+    config.early_exit.update(freeze_backbone=False, prediction="w")
+    with pytest.raises(UserError, match="early_exit.prediction='w' is unknown; choose from eps, eps_damped,"):
+        setup.describe_trained(config, held)
 
 
 def test_data_would_unteach_a_student(student):

@@ -4,7 +4,7 @@ from .batches import Batch, Batches, load_training_data
 from .loop import Trainer
 from .objective import Objective, diffusion_loss
 from .run import Run
-from .setup import choose_precision, make_objective, new_network, start_network, validate
+from .setup import choose_precision, describe_trained, make_objective, new_network, start_network, validate
 
-__all__ = ["Batch", "Batches", "Objective", "Run", "Trainer", "choose_precision", "diffusion_loss",
-           "load_training_data", "make_objective", "new_network", "start_network", "validate"]
+__all__ = ["Batch", "Batches", "Objective", "Run", "Trainer", "choose_precision", "describe_trained",
+           "diffusion_loss", "load_training_data", "make_objective", "new_network", "start_network", "validate"]

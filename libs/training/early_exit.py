@@ -49,12 +49,13 @@ def from_data(denoiser: Denoiser, batch: Batch) -> Lesson:
 
 @dataclass(frozen=True)
 class FromStart:
-    """The target is what the network said before this training, at the times at which it is asked when it samples.
+    """The target is what the network said before this training, at the times at which it is asked when it samples, in
+    terms of what it is to predict now.
 
     For a student of few steps, which must go on saying what it has learnt from its teacher: data would teach it to be
     a model of many steps again.
 
-    teacher   the network as it was
+    teacher   the network as it was, in eval mode
     times     (n,) float64 on the host, drawn from uniformly; None is all times, as in `from_data`
     scales    lowest and highest guidance scale of a network that takes it as an input, else None
     """
@@ -75,7 +76,11 @@ class FromStart:
             cond = {**(cond or {}), "guidance": w.float().to(batch.x_0.device)}
         x_t = denoiser.diffuse(batch.x_0, batch.noise(), t)
         with torch.no_grad():
-            return Lesson(x_t, t, cond, self.teacher.output(x_t, t, cond))
+            if denoiser.prediction == self.teacher.prediction:
+                target = self.teacher.output(x_t, t, cond)
+            else:
+                target = denoiser.target(*self.teacher(x_t, t, cond), t)
+        return Lesson(x_t, t, cond, target)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ FREE_FIELDS = tuple(f"train.{name}" for name in (
     "data.download", "data.shard_cache", "data.shard_cache_gb", "cond.text_encoder", "cond.tokens",
     "distill.text_encoder_device")
 
-EARLIER = {"distill.convert_trust": 0.0}  # what runs did before a field came that the base config does not have
+# What runs did before a field came that the base config does not have.
+EARLIER = {"distill.convert_trust": 0.0, "early_exit.prediction": ""}
 START_WEIGHTS = "start_weights"  # in config.json: the digest of the weights that `start` named
 
 

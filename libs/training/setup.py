@@ -25,6 +25,7 @@ from ..build import (
 )
 from ..checkpoint import build_backbone, drop_heads, read, resolve
 from ..defaults import base_config
+from ..denoiser import TARGETS
 from ..errors import UserError, choose
 from ..factory import refuse_other_size
 from ..samplers import evaluation_times, make_sampler
@@ -164,6 +165,22 @@ def _add_heads(config: ConfigDict, net: nn.Module, description: dict[str, Any]) 
         net.lte_classifer.requires_grad_(True)
 
 
+def describe_trained(config: ConfigDict, description: Mapping[str, Any]) -> dict[str, Any]:
+    """What the checkpoints of a training will say, by what `start_network` says of its start: early exit may teach the
+    network to predict something else.
+    """
+    wanted = config.get("early_exit", {}).get("prediction", "")
+    if not wanted:
+        return dict(description)
+    choose("early_exit.prediction", wanted, sorted(set(TARGETS) - {"both"}))
+    if config.early_exit.freeze_backbone and wanted != description["denoiser"]["prediction"]:
+        raise UserError(f"--config.early_exit.prediction={wanted}: the checkpoint predicts "
+                        f"{description['denoiser']['prediction']}, and with early_exit.freeze_backbone it stays so")
+    if description["denoiser"]["prediction"] == "both":
+        raise UserError(f"--config.early_exit.prediction={wanted}: the checkpoint predicts both, in twice the channels")
+    return {**description, "denoiser": {**description["denoiser"], "prediction": wanted}}
+
+
 def learns_from(config: ConfigDict) -> str:
     """`early_exit.learn_from`; "" where early exit is not trained."""
     if "early_exit" not in config:
@@ -180,7 +197,7 @@ def make_objective(config: ConfigDict, net: nn.Module | None = None, description
     if "early_exit" not in config:
         return diffusion_loss
     options = {name: value for name, value in config.early_exit.items()
-               if name not in ("freeze_backbone", "learn_from")}
+               if name not in ("freeze_backbone", "learn_from", "prediction")}
     if learns_from(config) == "start":
         frozen = copy.deepcopy(net).requires_grad_(False).eval()
         frozen = prepare_backbone(frozen, {**config.compute, "compile_mode": "default"}, device)
