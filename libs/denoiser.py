@@ -160,12 +160,9 @@ class Denoiser:
 
     def loss(self, x_0: Tensor, eps: Tensor, t: Tensor, cond: dict | None = None) -> Tensor:
         """Mean squared error of the network's own output, one value a row: (b,); see `error_scale`."""
-        return self.squared_error(self.diffuse(x_0, eps, t), t, self.target(x_0, eps, t), cond)
-
-    def squared_error(self, x_t: Tensor, t: Tensor, target: Tensor, cond: dict | None = None) -> Tensor:
-        """Likewise, of a target that the network's output should be."""
-        error = (self.output(x_t, t, cond) - target).float().square().flatten(1).mean(dim=1)
-        return error * self.error_scale(t).square().to(error.device, error.dtype)
+        error = self.output(self.diffuse(x_0, eps, t), t, cond) - self.target(x_0, eps, t)
+        squares = error.float().square().flatten(1).mean(dim=1)
+        return squares * self.error_scale(t).square().to(squares.device, squares.dtype)
 
     def error_scale(self, t: Tensor) -> Tensor:
         """By what errors of the output count, shaped as t, on the host: 1, but of eps_damped as much as the errors of v

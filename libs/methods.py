@@ -66,8 +66,6 @@ def progressive(config: ConfigDict) -> None:
         "convert_updates": 10_000,  # of stage 0, which trains such a teacher on to that prediction
         "convert_lr": 2e-4,
         "convert_ema": 0.999,
-        "convert_trust": 0.0,  # 0: it learns from data; else from its own prediction, where converting that multiplies
-        # errors by at most this: 10 from eps is where alpha is above 1/10
         "clip_teacher": False,  # the teacher's x_0 to -1 ... 1
         "time_label": "exact",  # the teacher's own times; legacy: diffusion_distiller's, which fall behind
         "sampler": "ddim",  # by which students sample; ddpm is diffusion_distiller's

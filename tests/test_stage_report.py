@@ -143,7 +143,7 @@ def test_students_of_a_converted_model(tmp_path):
     """The base goes on sampling by its own prediction, beside students of another one."""
     config = tiny_config(images=2)
     base = first_teacher(config)
-    net, description, _ = prepare_conversion(config, *base, "fp32", CPU)
+    net, description, _ = prepare_conversion(config, *base)
     student = student_of(config, (net.eval(), description), 4)
     assert (base[1]["denoiser"]["prediction"], student[1]["denoiser"]["prediction"]) == ("eps", "v")
     report = report_of(config, tmp_path)

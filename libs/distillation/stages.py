@@ -44,7 +44,6 @@ CONVERT = "convert"  # folder of stage 0
 LONGER_FROM, LONGER = 2, 2  # students of so few steps learn twice as long, as in the paper
 OF_A_STAGE = ("start_steps", "end_steps", "stages", "updates", "lr", "ema", "convert_updates", "convert_lr",
               "convert_ema", "pair_images", "report_images")  # fields of the distill section that plan and report
-OF_CONVERSION = ("distill.convert_trust",)  # a field that no halving depends on
 Model = tuple[nn.Module, dict[str, Any]]  # a network and the description of its checkpoint
 
 
@@ -221,8 +220,7 @@ class Stages:
                 _, description, _ = describe_halving(config, description)
             else:
                 description = describe_converted(config, description)
-            runs.append(Run(self.workdir / stage.name, config, source, self.processes,
-                            OF_CONVERSION if stage.steps else ()))
+            runs.append(Run(self.workdir / stage.name, config, source, self.processes))
             source = stage.name
         for stage, run, later in zip(self.stages, runs, runs[1:], strict=False):
             done = max(run.checkpoints.steps(), default=0)
@@ -275,8 +273,7 @@ class Stages:
             if stage.steps:
                 net, description, objective = prepare_halving(config, *teacher, self.precision, self.processes.device)
             else:
-                net, description, objective = prepare_conversion(config, *teacher, self.precision,
-                                                                 self.processes.device)
+                net, description, objective = prepare_conversion(config, *teacher)
             self.data = self.data or load_training_data(config.data, description, self.processes.device)
             logging.info("%s: %d updates at learning rate %g, teacher %s", stage.name, stage.updates, stage.lr,
                          run.start)

@@ -14,7 +14,6 @@ from ..denoiser import Denoiser
 from ..errors import UserError, choose
 from ..schedule import make_schedule, schedule_options
 from ..training.objective import Objective, diffusion_loss
-from .conversion import Conversion
 from .progressive import Guidance, Halving, check_halving, student_sampler
 
 
@@ -159,14 +158,10 @@ def describe_halving(config: ConfigDict,
     return taught, description, guidance
 
 
-def prepare_conversion(config: ConfigDict, model: nn.Module, held: Mapping[str, Any], precision: str,
-                       device: torch.device) -> tuple[nn.Module, dict[str, Any], Objective]:
-    """Of stage 0, likewise: (the network at its start, what its checkpoints will say, what it learns)."""
-    description, trust = describe_converted(config, held), config.distill.convert_trust
-    student = copy.deepcopy(model).requires_grad_(True)
-    if trust == 0:  # from data alone, which needs no copy of the model
-        return student, description, diffusion_loss
-    return student, description, Conversion(frozen_denoiser(config, model, held, precision, device), trust)
+def prepare_conversion(config: ConfigDict, model: nn.Module,
+                       held: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any], Objective]:
+    """Of stage 0, likewise: (the network at its start, what its checkpoints will say, what it learns: from data)."""
+    return copy.deepcopy(model).requires_grad_(True), describe_converted(config, held), diffusion_loss
 
 
 def frozen_denoiser(config: ConfigDict, model: nn.Module, description: Mapping[str, Any], precision: str,

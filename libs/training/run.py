@@ -1,7 +1,7 @@
 """The folder of a training run: which run it is (config.json), and where it stands (ckpts)."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,19 @@ FREE_FIELDS = tuple(f"train.{name}" for name in (
     "distill.text_encoder_device")
 
 # What runs did before a field came that the base config does not have.
-EARLIER = {"distill.convert_trust": 0.0, "early_exit.prediction": ""}
+EARLIER = {"early_exit.prediction": ""}
 START_WEIGHTS = "start_weights"  # in config.json: the digest of the weights that `start` named
 
 
 class Run:
     """The run in `workdir`: the one that is there already, or a new one.
 
-    start: what --checkpoint named, the weights that the run starts from. spare: fields of no account to this run.
+    start: what --checkpoint named, the weights that the run starts from.
     Raises UserError where the folder holds a run of another config, naming the first field that differs.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict, start: str | None, processes: Processes,
-                 spare: Collection[str] = ()):
-        self.workdir, self.spare, self.start_weights = workdir, spare, None
+    def __init__(self, workdir: Path, config: ConfigDict, start: str | None, processes: Processes):
+        self.workdir, self.start_weights = workdir, None
         self.checkpoints = Checkpoints(workdir / "ckpts", config.train.keep)
         self.processes = processes
         self.config, self.start = config, start or ""
@@ -79,7 +78,7 @@ class Run:
             held[field] = json.loads(json.dumps(usual[field]))
         kept = {"cond.tokens"} if held.get("cond.kind") == "image" else set()  # its texts are embedded in training
         for field in sorted({*held, *wanted}):
-            free = field.split(".")[0] in FREE_SECTIONS or field in {*FREE_FIELDS, *self.spare, START_WEIGHTS} - kept
+            free = field.split(".")[0] in FREE_SECTIONS or field in {*FREE_FIELDS, START_WEIGHTS} - kept
             if free or held.get(field) == wanted.get(field):
                 continue
             name = "--checkpoint" if field == "start" else f"--config.{field}"
