@@ -21,8 +21,8 @@ def get_config():
     }
     config.data.update(name="folder", path="data/emoji64", image_size=32, flip=False)
     config.train.update(
-        steps=1200, batch_size=8, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup=50, decay_from=0.5,
-        clip_norm=1.0, ema=0.99, log_every=50, save_every=400, preview_every=200, preview_images=24,
+        steps=6000, batch_size=8, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup=50, decay_from=0.5,
+        clip_norm=1.0, ema=0.99, log_every=50, save_every=1000, preview_every=1000, preview_images=24,
     )
     config.eval.metrics = ()
     return config

@@ -48,6 +48,14 @@ def describe(config: Mapping) -> dict[str, Any]:
     return plain
 
 
+def as_damped(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The description, of a network of eps as one of eps_damped, which it is as it stands; others stay what they are."""
+    denoiser = dict(description["denoiser"])
+    if denoiser["prediction"] == "eps":
+        denoiser["prediction"] = "eps_damped"
+    return {**description, "denoiser": denoiser}
+
+
 def _fields_of(cond: Mapping) -> set[str]:
     """The fields of a `cond` section that some kinds of conditions have, and this one too."""
     if cond["kind"] == "text":

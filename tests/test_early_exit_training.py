@@ -311,6 +311,19 @@ def test_a_student_learns_to_say_the_same_in_other_terms(student):
         setup.describe_trained(config, held)
 
 
+def test_a_model_of_eps_teaches_damped(plain):
+    """Else x_0 at high noise, 150 times the error of eps, would be in the target of v."""
+    config = config_with_flags()
+    with config.unlocked():
+        config.early_exit.update(learn_from="start", prediction="v")
+    net, held = setup.start_network(config, str(plain))
+    assert held["denoiser"]["prediction"] == "eps"
+    lesson = setup.make_objective(config, net, held, "fp32", torch.device("cpu")).lesson
+    assert (lesson.teacher.prediction, lesson.times) == ("eps_damped", None)
+    config.early_exit.prediction = "eps"
+    assert setup.make_objective(config, net, held, "fp32", torch.device("cpu")).lesson.teacher.prediction == "eps"
+
+
 def test_data_would_unteach_a_student(student):
     with pytest.raises(UserError, match="learn_from=data: the checkpoint is a student of 4 steps, .*; use start"):
         setup.start_network(config_with_flags(), str(student))

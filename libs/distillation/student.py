@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from torch import nn
 
 from ..backbones.guidance import add_guidance_input
-from ..build import DTYPES, MODEL_SECTIONS, adopt_sampler, make_denoiser, prepare_backbone
+from ..build import DTYPES, MODEL_SECTIONS, adopt_sampler, as_damped, make_denoiser, prepare_backbone
 from ..denoiser import Denoiser
 from ..errors import UserError, choose
 from ..schedule import make_schedule, schedule_options
@@ -30,10 +30,7 @@ def student_prediction(section: Mapping, teacher: Mapping[str, Any]) -> str:
 
 def describe_first_teacher(section: Mapping, held: Mapping[str, Any]) -> dict[str, Any]:
     """What the first stage takes the model to be: a network of eps is one of eps_damped as it is, without a stage 0."""
-    description = copy.deepcopy(dict(held))
-    if (held["denoiser"]["prediction"], student_prediction(section, held)) == ("eps", "eps_damped"):
-        description["denoiser"]["prediction"] = "eps_damped"
-    return description
+    return as_damped(held) if student_prediction(section, held) == "eps_damped" else dict(held)
 
 
 def refuse_other_schedule(config: ConfigDict, teacher: Mapping[str, Any], overrides: Collection[str] = ()) -> None:

@@ -16,6 +16,7 @@ from ..build import (
     MODEL_SECTIONS,
     adopt_places,
     adopt_sampler,
+    as_damped,
     describe,
     guidance_range,
     load_model,
@@ -201,7 +202,10 @@ def make_objective(config: ConfigDict, net: nn.Module | None = None, description
     if learns_from(config) == "start":
         frozen = copy.deepcopy(net).requires_grad_(False).eval()
         frozen = prepare_backbone(frozen, {**config.compute, "compile_mode": "default"}, device)
-        teacher = make_denoiser(frozen, description, precision, device)
+        held = description
+        if describe_trained(config, held) != held:
+            held = as_damped(held)  # in other terms, an error of eps at high noise would be multiplied
+        teacher = make_denoiser(frozen, held, precision, device)
         options["lesson"] = FromStart(teacher, sampled_times(description, teacher.schedule),
                                       guidance_range(description["cond"]))
     return LayerwiseLoss(**options)
