@@ -49,7 +49,7 @@ def describe(config: Mapping) -> dict[str, Any]:
 
 
 def as_damped(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The description, of a network of eps as one of eps_damped, which it is as it stands; others stay what they are."""
+    """The description, of a network of eps as one of eps_damped, which it is as it stands; others stay as they are."""
     denoiser = dict(description["denoiser"])
     if denoiser["prediction"] == "eps":
         denoiser["prediction"] = "eps_damped"
