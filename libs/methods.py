@@ -220,7 +220,8 @@ def early_exit(config: ConfigDict, threshold: float = 0.92, **train) -> None:
         "ual_detach": False,  # no gradient through those weights
         "noise_power": 0.0,  # p: errors count max(1, SNR^-p) times; 0 as published, 1 as errors of x_0
         "freeze_backbone": False,  # train the heads alone
-        "learn_from": "data",  # start: the target is what the network said before; for students of few steps
+        "learn_from": "data",  # start: the target is what the network said before; for students of few steps; or a
+        # checkpoint, such as that of which a training that goes on started
         "prediction": "",  # what the layers learn to predict: v, x_0, eps, ...; "" is what the network predicts already
     })
     config.eval.benchmark_rows = (1, 16, 128)  # its claim is time at any number of rows

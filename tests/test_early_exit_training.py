@@ -330,8 +330,30 @@ def test_data_would_unteach_a_student(student):
     config = config_with_flags()
     with config.unlocked():
         config.early_exit.learn_from = "teacher"
-    with pytest.raises(UserError, match="early_exit.learn_from='teacher' is unknown; choose from data, start"):
-        setup.start_network(config, str(student))
+    net, description = setup.start_network(config, str(student))
+    with pytest.raises(UserError, match=r"learn_from \(data, start, or a checkpoint\)='teacher' is not there"):
+        setup.make_objective(config, net, description, "fp32", torch.device("cpu"))
+
+
+def test_a_training_goes_on_learning_from_what_it_started_from(student, plain, tmp_path):
+    """What the checkpoint says by now is not the target."""
+    net, description = load_described(student)
+    for parameter in net.parameters():
+        parameter.data += 0.1
+    save_backbone(tmp_path / "moved.safetensors", net.state_dict(), description)
+    config = config_with_flags()
+    with config.unlocked():
+        config.early_exit.learn_from = str(student)
+    net, held = setup.start_network(config, str(tmp_path / "moved.safetensors"))
+    objective = setup.make_objective(config, net, held, "fp32", torch.device("cpu"))
+    x_t, t, cond, target = objective.lesson(make_denoiser(net, held), a_batch(8))
+    assert {*t.tolist()} <= {1, 0.75, 0.5, 0.25}
+    with torch.no_grad():
+        assert torch.equal(target, make_denoiser(*load_described(student)).output(x_t, t, cond))
+        assert not torch.allclose(target, make_denoiser(net, held).output(x_t, t, cond))
+    config.early_exit.learn_from = str(plain)
+    with pytest.raises(UserError, match="learn_from=.*: its sampler is None, and the checkpoint's {.*; learn from"):
+        setup.make_objective(config, net, held, "fp32", torch.device("cpu"))
 
 
 def test_speed_reports_both_ratios(run_main, tmp_path):

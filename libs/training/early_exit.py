@@ -49,13 +49,13 @@ def from_data(denoiser: Denoiser, batch: Batch) -> Lesson:
 
 @dataclass(frozen=True)
 class FromStart:
-    """The target is what the network said before this training, at the times at which it is asked when it samples, in
-    terms of what it is to predict now.
+    """The target is what the network said before this training, or another one says, at the times at which it is asked
+    when it samples, in terms of what it is to predict now.
 
     For a student of few steps, which must go on saying what it has learnt from its teacher: data would teach it to be
     a model of many steps again.
 
-    teacher   the network as it was, in eval mode
+    teacher   the network as it was, or another one, in eval mode
     times     (n,) float64 on the host, drawn from uniformly; None is all times, as in `from_data`
     scales    lowest and highest guidance scale of a network that takes it as an input, else None
     """

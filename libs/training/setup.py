@@ -120,9 +120,10 @@ def start_network(config: ConfigDict, start: str | None,
     """
     net, description = _start_model(config, start) if start else new_network(config)
     kept = (*MODEL_SECTIONS, "image")
-    if learns_from(config) == "start":
+    lesson = learns_from(config)
+    if lesson not in ("", "data"):
         if not start:
-            raise UserError("--config.early_exit.learn_from=start: there is no --checkpoint from which to start")
+            raise UserError(f"--config.early_exit.learn_from={lesson}: there is no --checkpoint from which to start")
         kept += ("sampler", "distilled")
     elif "early_exit" in config and "sampler" in description:
         raise UserError(f"--config.early_exit.learn_from=data: the checkpoint is a student of "
@@ -183,10 +184,25 @@ def describe_trained(config: ConfigDict, description: Mapping[str, Any]) -> dict
 
 
 def learns_from(config: ConfigDict) -> str:
-    """`early_exit.learn_from`; "" where early exit is not trained."""
-    if "early_exit" not in config:
-        return ""
-    return choose("early_exit.learn_from", config.early_exit.get("learn_from", "data"), ("data", "start"))
+    """`early_exit.learn_from`: data, start, or a checkpoint; "" where early exit is not trained."""
+    return config.early_exit.get("learn_from", "data") if "early_exit" in config else ""
+
+
+def _teacher_of_exits(config: ConfigDict, net: nn.Module,
+                      description: Mapping[str, Any]) -> tuple[nn.Module, Mapping[str, Any]]:
+    """(network, description) of what early exit learns from: the start, or another model of the same kind."""
+    name = learns_from(config)
+    if name == "start":
+        return copy.deepcopy(net), description
+    resolve(name, "--config.early_exit.learn_from (data, start, or a checkpoint)")
+    teacher, held = load_model(config, name)
+    kinds = [{**each, "cond": {**each["cond"], "drop": 0.0}} for each in (held, description)]
+    for section in ("schedule", "codec", "image", "cond", "sampler"):
+        own, other = (each.get(section) for each in kinds)
+        if own != other:
+            raise UserError(f"--config.early_exit.learn_from={name}: its {section} is {own}, and the checkpoint's "
+                            f"{other}; learn from a model of the same kind")
+    return teacher, held
 
 
 def make_objective(config: ConfigDict, net: nn.Module | None = None, description: Mapping[str, Any] | None = None,
@@ -199,11 +215,11 @@ def make_objective(config: ConfigDict, net: nn.Module | None = None, description
         return diffusion_loss
     options = {name: value for name, value in config.early_exit.items()
                if name not in ("freeze_backbone", "learn_from", "prediction")}
-    if learns_from(config) == "start":
-        frozen = copy.deepcopy(net).requires_grad_(False).eval()
+    if learns_from(config) != "data":
+        frozen, held = _teacher_of_exits(config, net, description)
+        frozen = frozen.requires_grad_(False).eval()
         frozen = prepare_backbone(frozen, {**config.compute, "compile_mode": "default"}, device)
-        held = description
-        if describe_trained(config, held) != held:
+        if describe_trained(config, description)["denoiser"]["prediction"] != held["denoiser"]["prediction"]:
             held = as_damped(held)  # in other terms, an error of eps at high noise would be multiplied
         teacher = make_denoiser(frozen, held, precision, device)
         options["lesson"] = FromStart(teacher, sampled_times(description, teacher.schedule),
