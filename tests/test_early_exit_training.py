@@ -335,6 +335,15 @@ def test_data_would_unteach_a_student(student):
         setup.make_objective(config, net, description, "fp32", torch.device("cpu"))
 
 
+def test_two_trainings_by_command_the_second_of_which_keeps_the_teacher(student, tmp_path):
+    fit(tmp_path / "one", f"--checkpoint={student}", "--config.early_exit.learn_from=start",
+        "--config.early_exit.prediction=x_0")
+    fit(tmp_path / "two", f"--checkpoint={tmp_path / 'one'}", f"--config.early_exit.learn_from={student}")
+    for name in ("one", "two"):
+        _, description = load_described(Checkpoints(tmp_path / name / "ckpts").path(5) / "backbone_ema.safetensors")
+        assert (description["denoiser"]["prediction"], description["sampler"]["steps"]) == ("x_0", 4)
+
+
 def test_a_training_goes_on_learning_from_what_it_started_from(student, plain, tmp_path):
     """What the checkpoint says by now is not the target."""
     net, description = load_described(student)
