@@ -7,9 +7,9 @@ and the text encoder in runs/emoji32, then trains and samples all three. Its com
     python train.py --config=configs/emoji32_uvit.py:discrete --config.codec.scale_factor=0.9 --workdir=runs/emoji32/discrete
     python train.py --config=configs/emoji32_uvit.py:text --config.codec.scale_factor=0.9 --workdir=runs/emoji32/text
     python sample.py --config=configs/emoji32_uvit.py:text --checkpoint=runs/emoji32/text --prompts="emoji of red heart" --seeds=0-15 --out=outputs/emoji32_text
-with the scale factor that the autoencoder's training told. They predict v. Of 16 pictures an update, 500 to 1,200 updates
-have been tried: the samples then are blotches in the colours of the pictures, and show nothing. How many it takes has
-not been measured.
+with the scale factor that the autoencoder's training told. They predict v. Of 16 pictures an update, and 243 pictures, 9,000
+updates from text gave recognisable ones, 2,000 blotches; of all 1,660 emoji 1,200 were far too few. A LoRA of a few steps
+of the text model, by Flash Diffusion: `:text,flash`, with the same folder of features.
 """
 
 from libs.defaults import base_config, uvit_backbone
