@@ -159,19 +159,20 @@ class Denoiser:
         return alpha * x_0 + sigma * eps
 
     def loss(self, x_0: Tensor, eps: Tensor, t: Tensor, cond: dict | None = None) -> Tensor:
-        """Mean squared error of the network's own output, one value a row: (b,); see `error_scale`."""
-        error = self.output(self.diffuse(x_0, eps, t), t, cond) - self.target(x_0, eps, t)
-        squares = error.float().square().flatten(1).mean(dim=1)
-        return squares * self.error_scale(t).square().to(squares.device, squares.dtype)
+        """Mean squared error of the network's own output, one value a row: (b,); see `scaled`."""
+        error = self.scaled(self.output(self.diffuse(x_0, eps, t), t, cond) - self.target(x_0, eps, t), t)
+        return error.float().square().flatten(1).mean(dim=1)
 
-    def error_scale(self, t: Tensor) -> Tensor:
-        """By what errors of the output count, shaped as t, on the host: 1, but of eps_damped as much as the errors of v
-        that they make, since where noise is high small ones of the output matter.
+    def scaled(self, outputs: Tensor, t: Tensor) -> Tensor:
+        """Outputs (..., b, c, h, w), or their errors, in the unit in which differences count: as they are, but of
+        eps_damped as large as the differences of v that they make, since where noise is high small ones matter.
         """
         if self.prediction != "eps_damped":
-            return torch.ones_like(t)
+            return outputs
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        return (alpha**2 + sigma**2) * _damping(alpha, sigma)[1]
+        scale = (alpha**2 + sigma**2) * _damping(alpha, sigma)[1]
+        dtype = torch.promote_types(outputs.dtype, torch.float32)
+        return outputs.to(dtype) * scale.to(outputs.device, dtype).view(-1, 1, 1, 1)
 
 
 def guided(denoise: Denoise, cfg_scale: float | Tensor, null: dict) -> Denoise:

@@ -68,7 +68,7 @@ def test_damped_eps_counts_errors_as_v_does():
     said = damped(damped.diffuse(x_0, eps, t), t)
     v.net = lambda x, timesteps: v.target(*said, t)
     torch.testing.assert_close(damped.loss(x_0, eps, t), v.loss(x_0, eps, t), rtol=1e-5, atol=0)
-    assert torch.equal(v.error_scale(t), torch.ones(3, dtype=torch.float64))
+    assert v.scaled(eps, t) is eps
 
 
 def test_time_inputs():

@@ -7,10 +7,12 @@ import torch
 
 from libs import config as config_files
 from libs.build import make_denoiser
+from libs.denoiser import PREDICTIONS, Denoiser
 from libs.errors import UserError
+from libs.schedule import make_schedule
 from libs.training import setup
 from libs.training.batches import Batch
-from libs.training.early_exit import LayerwiseLoss
+from libs.training.early_exit import LayerwiseLoss, Lesson
 
 HEADS = "lte_classifer."
 
@@ -32,13 +34,20 @@ def loss_of(**options):
     return LayerwiseLoss(**options).of_layers(out, certainty, target), out, certainty
 
 
-def test_differences_count_in_the_unit_that_is_given():
-    """Twice the numbers in half the unit."""
-    out, certainty, target = tensors(G), tensors(C), tensors(EPS).detach()
+def test_differences_of_damped_eps_count_as_those_of_v():
+    schedule, t = make_schedule("vp_linear"), torch.tensor([0.9, 0.4], dtype=torch.float64)
+    x_t, out, certainty, target = torch.randn(2, 1, 1, 2), *(tensors(each).detach() for each in (G, C, EPS))
+    damped, v = (Denoiser(None, schedule, prediction) for prediction in ("eps_damped", "v"))
+
+    def to_v(said):
+        return v.target(*PREDICTIONS["eps_damped"](x_t, said, *damped.alpha_sigma(t, x_t)), t)
+
+    damped.net = lambda x, timesteps, every_layer: (out, certainty)
+    v.net = lambda x, timesteps, every_layer: (torch.stack([to_v(each) for each in out]), certainty)
     for name in ("eps_error", "final_gap"):
-        loss, scale = LayerwiseLoss(target=name), torch.tensor([2.0, 0.5]).view(2, 1, 1, 1)
-        torch.testing.assert_close(loss.of_layers(out / scale, certainty, target / scale, scale=scale),
-                                   loss.of_layers(out, certainty, target))
+        one, other = (LayerwiseLoss(target=name, lesson=lambda *_, said=said: Lesson(x_t, t, None, said))
+                      for said in (target, to_v(target)))
+        torch.testing.assert_close(one(damped, None), other(v, None), rtol=1e-4, atol=1e-5)
 
 
 def mean(values):

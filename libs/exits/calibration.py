@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser, rows
+from ..denoiser import Denoiser
 from ..training.batches import Batch
 
 TRUTHS = {"eps_error": "against the data's noise", "final_gap": "against the last layer"}
@@ -62,8 +62,8 @@ def certainties(denoiser: Denoiser, batch: Batch, bins: int, times: Tensor | Non
             t = (torch.floor(t * steps) + 1) / steps
     target = denoiser.target(batch.x_0, eps, t)
     out, certainty = denoiser.call(denoiser.diffuse(batch.x_0, eps, t), t, batch.cond, every_layer=True)
-    out, scale = out.float(), rows(denoiser.error_scale(t), target)
-    means = (_mean_per_image(each) for each in (certainty, *((1 - (scale * (out - truth)).abs().tanh())
+    out, target = denoiser.scaled(out.float(), t), denoiser.scaled(target, t)
+    means = (_mean_per_image(each) for each in (certainty, *((1 - (out - truth).abs().tanh())
                                                              for truth in (target, out[-1]))))
     return Certainties(*means, place)
 

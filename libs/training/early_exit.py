@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser, rows
+from ..denoiser import Denoiser
 from ..errors import UserError, choose
 from ..random import Stream
 from .batches import Batch
@@ -128,20 +128,18 @@ class LayerwiseLoss:
         x_t, t, cond, target = self.lesson(denoiser, batch)
         out, certainty = denoiser.call(x_t, t, cond, every_layer=True)
         counts = torch.exp(-self.noise_power * denoiser.schedule.logsnr(t)).clamp(min=1)
-        scale = rows(denoiser.error_scale(t), target)
-        return self.of_layers(out, certainty, target, counts.to(out.device, torch.float32), scale)
+        out, target = denoiser.scaled(out, t), denoiser.scaled(target, t)
+        return self.of_layers(out, certainty, target, counts.to(out.device, torch.float32))
 
-    def of_layers(self, out: Tensor, certainty: Tensor, target: Tensor, counts: Tensor | float = 1.0,
-                  scale: Tensor | float = 1.0) -> Tensor:
+    def of_layers(self, out: Tensor, certainty: Tensor, target: Tensor, counts: Tensor | float = 1.0) -> Tensor:
         """The loss (b,) of outputs g and certainties c of every layer, both (layers, b, c, h, w), target (b, c, h, w).
 
-        counts: (b,), by which squared errors are multiplied. scale: (b, 1, 1, 1), the unit of all differences, see
-        `Denoiser.error_scale`.
+        counts: (b,), by which squared errors are multiplied.
         """
-        error = scale * (out.float() - target)
+        error = out.float() - target
         squares = counts * _mean_per_image(error.square())  # layers b
         simple = squares[-1]
-        error_of = error if self.target == "eps_error" else scale * (out.float() - out[-1].float())
+        error_of = error if self.target == "eps_error" else out.float() - out[-1].float()
         true_certainty = 1 - torch.tanh(error_of.detach().abs())
         uncertainty = _mean_per_image((certainty - true_certainty).square())  # layers b
         loss_u = uncertainty.mean(0) if self.u_reduction == "mean" else uncertainty.sum(0)
