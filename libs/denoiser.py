@@ -44,7 +44,8 @@ def _damping(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     s = 1 / (1 + (DAMPING sigma / alpha)^3) is near 1 where the noise leaves something to see, and to 0 where it does
     not: there x_0 is small on average, while (x_t - sigma eps) / alpha has the error of eps times sigma / alpha, 150 at
     the end of U-ViT's schedule. The best s is the variance of what x_t tells of x_0, by the sum of that and of this
-    error; DAMPING and the power were chosen by it for `cifar10_uvit_tiny`. s sigma / alpha stays below 0.53 / DAMPING = 21.
+    error; DAMPING and the power were chosen by it for `cifar10_uvit_tiny`. s sigma / alpha stays below
+    0.53 / DAMPING = 21.
     """
     total = alpha**3 + (DAMPING * sigma) ** 3
     return DAMPING**3 * sigma**2 / total, alpha**2 / total
