@@ -215,3 +215,24 @@ def test_loss_is_of_the_networks_own_target():
 def test_fresh_heads_are_of_the_seed():
     held = [setup.start_network(tiny_config(), None)[0].lte_classifer[2].lte.weight for _ in range(2)]
     assert torch.equal(*held)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_errors_at_high_noise_count_more(power):
+    """An error of eps is one of alpha / sigma times the size in x_0: p = 1 counts the larger of the two."""
+    batch = a_batch()
+
+    class OneLayer:
+        """Errs by 0.1 everywhere, and is certain of all."""
+
+        def __call__(self, x, timesteps, y, every_layer):
+            return (batch.noise() + 0.1)[None], torch.ones(1, len(x), 1, 8, 8)
+
+    denoiser = make_denoiser(OneLayer(), {"schedule": {"name": "vp_linear"},
+                                          "denoiser": {"prediction": "eps", "time_input": "999t"}})
+    loss = LayerwiseLoss(lambda_u=0.0, beta_ual=0.0, noise_power=power)(denoiser, batch)
+    t = batch.uniform()
+    alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
+    larger = torch.maximum(torch.ones_like(t), sigma / alpha)
+    assert set((larger > 1).tolist()) == {True, False}
+    torch.testing.assert_close(loss.double(), 0.01 * larger ** (2 * power), rtol=1e-4, atol=0)

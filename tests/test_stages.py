@@ -1,10 +1,24 @@
 """Progressive distillation in stages, through distillate.py."""
 
 import json
-import shutil
 
 import pytest
 import torch
+from staged_runs import (
+    BASE,
+    DIGITS,
+    DISTIL,
+    ENDS,
+    EPS,
+    ONE,
+    SHORT,
+    TINY,
+    averaged,
+    description,
+    distil,
+    train_teacher,
+    weights,
+)
 from torch._dynamo.utils import counters
 from two_processes import run_in_two
 
@@ -13,150 +27,30 @@ import sample
 import train
 from libs import config as config_files
 from libs.build import load_model
-from libs.checkpoint import load_described
-from libs.distillation import student as student_module
-from libs.distillation.progressive import Halving
-from libs.distillation.stage_report import StageReport
-from libs.distillation.stages import halvings, plan
-from libs.distillation.student import hold, legacy_labels, make_guidance
+from libs.distillation.student import hold, legacy_labels
 from libs.errors import UserError
-from libs.training import diffusion_loss
 from libs.training.state import Checkpoints
-
-TINY = ("--config.compute.device=cpu", "--config.compute.rows=4", "--config.backbone.patch_size=4",
-        "--config.backbone.embed_dim=16", "--config.backbone.depth=2", "--config.backbone.num_heads=2")
-SHORT = ("--config.train.steps=4", "--config.train.batch_size=8", "--config.train.log_every=1",
-         "--config.train.save_every=2", "--config.train.preview_every=0")
-DIGITS = "--config=configs/digits_uvit.py"
-DISTIL = f"{DIGITS}:progressive"
-ENDS = ("--config.distill.start_steps=16", "--config.distill.end_steps=4", "--config.distill.pair_images=2")
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("teacher")
-    assert train.main([DIGITS, *TINY, *SHORT, f"--workdir={workdir}"]) == 0
-    return workdir
+    return train_teacher(tmp_path_factory.mktemp("teacher"))
 
 
-EPS = ("--config.denoiser.prediction=eps",)
-ONE = ("--config.distill.start_steps=16", "--config.distill.end_steps=8", "--config.distill.convert_updates=4",
-       "--config.distill.pair_images=2")
+@pytest.fixture(scope="module")
+def students(teacher, tmp_path_factory):
+    return distil(teacher, tmp_path_factory.mktemp("students"), *ENDS)
 
 
 @pytest.fixture(scope="module")
 def eps_teacher(tmp_path_factory):
     """U-ViT's own kind of model."""
-    workdir = tmp_path_factory.mktemp("eps_teacher")
-    assert train.main([DIGITS, *TINY, *SHORT, *EPS, f"--workdir={workdir}"]) == 0
-    return workdir
+    return train_teacher(tmp_path_factory.mktemp("eps_teacher"), *EPS)
 
 
 @pytest.fixture(scope="module")
 def eps_students(eps_teacher, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("eps_students")
-    assert distillate.main([DISTIL, *TINY, *SHORT, *ONE, f"--checkpoint={eps_teacher}", f"--workdir={workdir}"]) == 0
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def students(teacher, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("students")
-    assert distillate.main([DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={workdir}"]) == 0
-    return workdir
-
-
-def weights(folder, step=4):
-    return Checkpoints(folder / "ckpts").load(step).weights
-
-
-def averaged(folder, step=4):
-    return load_described(Checkpoints(folder / "ckpts").path(step) / "backbone_ema.safetensors")
-
-
-def description(folder, step=4):
-    return averaged(folder, step)[1]
-
-
-# which stages there are
-
-
-def section(start=0, end=0, stages=0):
-    return {"start_steps": start, "end_steps": end, "stages": stages}
-
-
-@pytest.mark.parametrize(("given", "teacher_steps", "expected"), [
-    (section(1024, 2), None, [512, 256, 128, 64, 32, 16, 8, 4, 2]),
-    (section(1024, 1), None, [512, 256, 128, 64, 32, 16, 8, 4, 2, 1]),
-    (section(64, 0, 2), None, [32, 16]),
-    (section(0, 8, 3), None, [32, 16, 8]),
-    (section(48, 3, 4), None, [24, 12, 6, 3]),
-    (section(0, 2), 8, [4, 2]),
-    (section(), 8, [4]),
-    (section(), None, [25]),
-    (section(8), 8, [4]),
-])
-def test_halvings(given, teacher_steps, expected):
-    assert halvings(given, teacher_steps, 50) == expected
-
-
-@pytest.mark.parametrize(("given", "teacher_steps", "message"), [
-    (section(64, 8, 2), None, "stages=2: from 64 to 8 steps are 3 halvings; leave one of start_steps, end_steps and"),
-    (section(0, 5), None, "end_steps=5: 50 steps, halved again and again, are never 5; choose from 25"),
-    (section(48, 5), None, "end_steps=5: 48 steps, halved again and again, are never 5; choose from 24, 12, 6, 3"),
-    (section(8, 8), None, "end_steps=8: 8 steps, halved again and again, are never 8; choose from 4, 2, 1"),
-    (section(8, 16), None, "end_steps=16: 8 steps, halved"),
-    (section(48, 0, 5), None, "stages=5: 48 steps cannot be halved so often; at most 4 times"),
-    (section(15), None, "start_steps=15: an odd number of steps cannot be halved; choose an even"),
-    (section(64, 8), 32, "start_steps=64: the teacher was itself distilled, to 32 steps; start there"),
-    (section(-1), None, "start_steps=-1 must be at least 1"),
-])
-def test_steps_that_do_not_halve_into_each_other(given, teacher_steps, message):
-    with pytest.raises(UserError, match=f"--config.distill.{message}"):
-        halvings(given, teacher_steps, 50)
-
-
-def test_an_odd_number_of_steps_that_nobody_chose():
-    with pytest.raises(UserError, match=r"^--config.sampler.steps=25: an odd number of steps cannot be halved; choose "
-                                        r"an even --config.distill.start_steps$"):
-        halvings(section(), None, 25)
-    with pytest.raises(UserError, match="^--checkpoint: the teacher was itself distilled, to 3 steps, an odd number"):
-        halvings(section(), 3, 50)
-
-
-def config_of(methods="progressive", name="digits_uvit", **fields):
-    config = config_files.load(f"configs/{name}.py:{methods}")
-    for field, text in fields.items():
-        config_files.override(config, f"distill.{field}", text)
-    return config
-
-
-BASE = {"denoiser": {"prediction": "v"}, "schedule": {"name": "squared_cosine", "steps": 1024}}
-
-
-def test_plan_of_a_run():
-    stages = plan(config_of(start_steps="16", end_steps="1", name="cifar10_unet"), BASE)
-    assert [(each.steps, each.updates) for each in stages] == [(8, 50_000), (4, 50_000), (2, 100_000), (1, 100_000)]
-    assert {(each.lr, each.ema) for each in stages} == {(5e-5, 0.0)}
-    own = plan(config_of(start_steps="16", end_steps="4", updates="100,300", lr="1e-4", ema="0,0.9"), BASE)
-    assert [(each.name, each.updates, each.lr, each.ema) for each in own] == [
-        ("steps_0008", 100, 1e-4, 0.0), ("steps_0004", 300, 1e-4, 0.9)]
-    with pytest.raises(UserError, match=r"distill.updates=\(1, 2, 3\): want one value, or one for each of 2 stages"):
-        plan(config_of(start_steps="16", end_steps="4", updates="1,2,3"), BASE)
-
-
-def test_a_model_of_eps_is_converted_first():
-    eps = BASE | {"denoiser": {"prediction": "eps"}}
-    fields = {"start_steps": "16", "end_steps": "4", "convert_updates": "7"}
-    assert [(each.name, each.updates) for each in plan(config_of(**fields), eps)][:2] == [
-        ("convert", 7), ("steps_0008", 100)]
-    assert [each.name for each in plan(config_of(prediction="eps", **fields), eps)] == ["steps_0008", "steps_0004"]
-    assert plan(config_of(prediction="x_0", **fields), BASE)[0].name == "convert"
-    with pytest.raises(UserError, match="prediction=both: the teacher predicts v; a network for both has twice"):
-        plan(config_of(prediction="both", **fields), BASE)
-
-
-# a run
+    return distil(eps_teacher, tmp_path_factory.mktemp("eps_students"), *ONE)
 
 
 def test_one_command_for_all_stages(teacher, students, tmp_path, run_main):
@@ -231,213 +125,6 @@ def test_compiled_networks_learn_what_eager_ones_do(eps_teacher, eps_students, t
         one, other = ([json.loads(line)["loss"] for line in (folder / name / "stats.jsonl").read_text().splitlines()]
                       for folder in (eps_students, tmp_path))
         assert other == pytest.approx(one, rel=1e-4)
-
-
-def test_killed_while_it_reports_a_student_is_finished(teacher, tmp_path, run_main, monkeypatch):
-    argv = (DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={tmp_path}")
-
-    def add(self, name, taught, student):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageReport, "add", add)
-        assert run_main(distillate.main, *argv).status == 130
-    told = [(each["done"], each["finished"]) for each in json.loads((tmp_path / "stages.json").read_text())["stages"]]
-    assert told == [(4, True), (0, False)]
-    ran = run_main(sample.main, DIGITS, *TINY, f"--checkpoint={tmp_path}", "--seeds=0-1", f"--out={tmp_path}/images")
-    assert ran.status == 0, ran.stderr
-    assert json.loads((tmp_path / "images/summary.json").read_text())["nfe"] == 8
-
-
-def test_killed_stage_0_goes_on_bit_for_bit(eps_teacher, eps_students, tmp_path, run_main, monkeypatch):
-    argv = (DISTIL, *TINY, *SHORT, *ONE, f"--checkpoint={eps_teacher}", f"--workdir={tmp_path}")
-
-    def loss(learner, batch):
-        if batch.step == 3:
-            raise KeyboardInterrupt
-        return diffusion_loss(learner, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(student_module, "diffusion_loss", loss)
-        assert run_main(distillate.main, *argv).status == 130
-    assert Checkpoints(tmp_path / "convert/ckpts").steps() == [2]
-    ran = run_main(distillate.main, *argv)
-    assert ran.status == 0, ran.stderr
-    assert "going on from step 2" in ran.stderr
-    for name in ("convert", "steps_0008"):
-        one, other = (weights(folder / name) for folder in (eps_students, tmp_path))
-        assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-def test_killed_run_goes_on_bit_for_bit(teacher, students, tmp_path, run_main, monkeypatch):
-    argv = (DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={tmp_path}")
-    with monkeypatch.context() as patch:
-        def loss(self, learner, batch):
-            if (self.steps, batch.step) == (4, 3):
-                raise KeyboardInterrupt
-            return plain(self, learner, batch)
-
-        plain = Halving.__call__
-        patch.setattr(Halving, "__call__", loss)
-        assert run_main(distillate.main, *argv).status == 130
-    half = json.loads((tmp_path / "stages.json").read_text())["stages"]
-    assert [(each["done"], each["finished"]) for each in half][0] == (4, True)
-    ran = run_main(distillate.main, *argv)
-    assert ran.status == 0
-    assert "going on from step 2" in ran.stderr
-    assert "steps_0008: 4 updates" not in ran.stderr  # that stage is not trained again
-    for steps in (8, 4):
-        one, other = (Checkpoints(folder / f"steps_{steps:04d}" / "ckpts").load(4) for folder in (students, tmp_path))
-        assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
-        for index, held in one.state["optimizer"].items():
-            assert all(torch.equal(held[name], other.state["optimizer"][index][name]) for name in held)
-
-
-def test_time_limit_counts_over_all_stages(teacher, tmp_path, run_main):
-    argv = (DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={tmp_path}")
-    ran = run_main(distillate.main, *argv, "--config.train.max_minutes=1e-9")
-    assert ran.status == 0
-    assert "the same command goes on" in ran.stderr
-    assert not (tmp_path / "steps_0004").exists()
-    ran = run_main(sample.main, DIGITS, *TINY, f"--checkpoint={tmp_path}", f"--out={tmp_path}/images")
-    assert ran.status == 2
-    assert f"no student there is finished yet; a stage that is under way can be named itself: {tmp_path}/steps_0008, " \
-        in ran.stderr
-    assert run_main(distillate.main, *argv).status == 0
-
-
-def test_student_becomes_a_teacher(students, tmp_path, run_main):
-    argv = (DISTIL, *TINY, *SHORT, f"--checkpoint={students}", f"--workdir={tmp_path}", "--config.distill.updates=1")
-    ran = run_main(distillate.main, *argv, "--config.distill.start_steps=8")
-    assert (ran.status, ran.stderr) == (2, "error: --config.distill.start_steps=8: the teacher was itself distilled, "
-                                           "to 4 steps; start there\n")
-    assert run_main(distillate.main, *argv).status == 0
-    assert [each.name for each in tmp_path.glob("steps_*")] == ["steps_0002"]
-
-
-def test_more_stages_go_on_from_the_last(teacher, students, tmp_path, run_main):
-    for end, seen in ((8, ["steps_0008"]), (4, ["steps_0004"])):
-        ran = run_main(distillate.main, DISTIL, *TINY, *SHORT, "--config.distill.start_steps=16",
-                       f"--config.distill.end_steps={end}", f"--checkpoint={teacher}", f"--workdir={tmp_path}")
-        assert ran.status == 0
-        assert all(f"{name}: 4 updates" in ran.stderr for name in seen)
-    one, other = (weights(folder / "steps_0004") for folder in (students, tmp_path))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_students_of_what_a_teacher_was_are_refused(teacher, students, tmp_path, run_main):
-    """A stage that is trained on is no longer what the next one learned from."""
-    run, last = tmp_path / "run", tmp_path / "run/steps_0004"
-    shutil.copytree(students, run)
-    argv = (DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={run}")
-    longer = (*argv, "--config.distill.updates=6,4")
-    ran = run_main(distillate.main, *longer)
-    assert (ran.status, f"--config.distill.updates=6: {last} learned from steps_0008 after 4 updates; remove that" in
-            ran.stderr) == (2, True), ran.stderr
-    assert Checkpoints(run / "steps_0008/ckpts").steps() == [2, 4]  # nothing was trained
-    shutil.rmtree(last)
-    assert run_main(distillate.main, *longer).status == 0
-    assert not torch.equal(weights(last)["pos_embed"], weights(students / "steps_0004")["pos_embed"])
-    pair = (run / "pairs/steps_0004.png").read_bytes()
-    assert pair != (students / "pairs/steps_0004.png").read_bytes()
-
-    shutil.rmtree(last)
-    shutil.copytree(students / "steps_0004", last)  # of the shorter stage
-    ran = run_main(distillate.main, *longer)
-    assert (ran.status, f"{last} learned from other weights than steps_0008 has now; remove that folder" in
-            ran.stderr) == (2, True), ran.stderr
-    held = json.loads((last / "config.json").read_text())
-    assert held.pop("start_weights")
-    (last / "config.json").write_text(json.dumps(held))  # as before digests were kept: it cannot tell
-    assert run_main(distillate.main, *longer).status == 0
-
-
-def test_other_settings_are_refused_in_a_run_that_began(students, teacher, run_main):
-    argv = (DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={students}")
-    ran = run_main(distillate.main, *argv, "--config.distill.weighting=snr")
-    assert ran.status == 2
-    assert "--config.distill.weighting='snr': the run in" in ran.stderr
-
-
-@pytest.mark.parametrize(("flags", "message"), [
-    (["start_steps=32"], "start_steps=32: {run}/steps_0008 learned from {teacher}, not from steps_0016"),
-    (["start_steps=8", "end_steps=2"], "start_steps=8: {run}/steps_0004 learned from steps_0008, not from {teacher}"),
-    (["start_steps=48", "end_steps=3"], "start_steps=48: {run}/steps_0004 is a stage of the run there, and none of"),
-    (["start_steps=0", "stages=3"], "stages=3: {run}/steps_0008 learned from {teacher}, not from steps_0016"),
-    (["prediction=x_0"], "prediction=x_0: {run}/steps_0008 learned from {teacher}, not from convert"),
-])
-def test_another_plan_is_refused_in_a_run_that_began(students, teacher, run_main, flags, message):
-    ran = run_main(distillate.main, DISTIL, *TINY, *SHORT, *ENDS, *(f"--config.distill.{flag}" for flag in flags),
-                   f"--checkpoint={teacher}", f"--workdir={students}")
-    assert (ran.status, ran.stderr.count("\n")) == (2, 1)
-    assert ran.stderr.startswith(f"error: --config.distill.{message.format(run=students, teacher=teacher)}"), ran.stderr
-    assert sorted(path.parent.name for path in students.glob("*/ckpts")) == ["steps_0004", "steps_0008"]
-
-
-def test_another_teacher_is_refused_in_a_run_that_began(students, eps_teacher, eps_students, run_main):
-    for argv, message in (
-            ((*ENDS, f"--checkpoint={eps_teacher}", f"--workdir={students}"),
-             f"--checkpoint={eps_teacher}: {students}/steps_0008 learned from"),
-            ((*ONE, "--config.distill.prediction=eps", f"--checkpoint={eps_teacher}", f"--workdir={eps_students}"),
-             f"--config.distill.prediction=eps: {eps_students}/convert is a stage of the run there")):
-        ran = run_main(distillate.main, DISTIL, *TINY, *SHORT, *argv)
-        assert (ran.status, ran.stderr.startswith(f"error: {message}")) == (2, True), ran.stderr
-
-
-MISTAKES = [
-    (["--config.distill.weighting=snr2"], "distill.weighting='snr2' is unknown; choose from const, snr"),
-    (["--config.distill.start_steps=48", "--config.distill.end_steps=5"], "end_steps=5: 48 steps"),
-    (["--config.distill.start_steps=4096", "--config.distill.end_steps=2048"],
-     "distill.start_steps=4096: the teacher's schedule has 1024 steps"),
-    (["--config.schedule.name=cosine"], "schedule.name=cosine: the teacher was trained on squared_cosine"),
-    (["--config.distill.cfg_range=4,1"], "cfg_range=(4, 1): want two scales, such as 1,4, the lower one first"),
-    (["--config.distill.cfg_range=1,4", "--config.distill.cfg_scale=2"], "give one of them"),
-    (["--config.distill.prediction=w"], "distill.prediction='w' is unknown; choose from v, x_0, eps, eps_damped, both"),
-    (["--config.distill.time_label=old"], "distill.time_label='old' is unknown; choose from exact, legacy"),
-    (["--config.distill.time_label=legacy", "--config.distill.start_steps=48"], "48 steps do not divide"),
-    (["--config.distill.target=x3"], "distill.target='x3' is unknown; choose from ddim2, x2"),
-    (["--config.distill.sampler=euler"], "distill.sampler='euler' is unknown; choose from ddim, ddpm"),
-    (["--config.distill.updates=0"], "--config.distill.updates=0 must be at least 1"),
-    (["--config.distill.updates=many"], "--config.distill.updates=('many',): want whole numbers"),
-    (["--config.distill.lr=0"], "--config.distill.lr=0 must be positive"),
-    (["--config.distill.ema=1"], "--config.distill.ema=1 must lie from 0 to below 1"),
-    (["--config.schedule.steps=512"], "--config.schedule.steps=512: the teacher was trained with 1024, and its"),
-]
-OF_STAGE_0 = [
-    (["--config.distill.convert_updates=0"], "--config.distill.convert_updates=0 must be at least 1"),
-    (["--config.distill.convert_ema=1"], "--config.distill.convert_ema=1.0 must lie from 0 to below 1"),
-]
-
-
-@pytest.mark.parametrize(("kind", "flags", "message"), [
-    *(("teacher", *each) for each in MISTAKES), *(("eps_teacher", *each) for each in [*MISTAKES, *OF_STAGE_0])])
-def test_mistakes(kind, tmp_path, run_main, flags, message, request):
-    """All are told before the first update, those of a halving before stage 0 too."""
-    teacher = request.getfixturevalue(kind)
-    ran = run_main(distillate.main, DISTIL, *TINY, *SHORT, *flags, f"--checkpoint={teacher}", f"--workdir={tmp_path}")
-    assert ran.status == 2
-    assert message in ran.stderr
-    assert ran.stderr.count("\n") == 1
-    assert not list(tmp_path.glob("*/ckpts"))
-
-
-def test_guidance_of_an_unconditional_teacher(tmp_path, run_main):
-    ran = run_main(distillate.main, "--config=configs/cifar10_uvit_tiny.py:progressive",
-                   "--config.distill.cfg_scale=2", f"--workdir={tmp_path}")
-    assert (ran.status, ran.stderr) == (2, "error: --config.distill.cfg_scale=2.0: this teacher has no null class to "
-                                           "be guided against; use 1.0\n")
-    with pytest.raises(UserError, match=r"cfg_range=\(1, 4\): this teacher has no null class .*; leave it out$"):
-        make_guidance(config_of(cfg_range="1,4"), {"cond": {"kind": "none", "null_label": -1}})
-    with pytest.raises(UserError, match=r"cfg_scale=2.0: guidance by class labels .* cond.kind=text; use 1.0$"):
-        make_guidance(config_of(cfg_scale="2"), {"cond": {"kind": "text", "null_label": -1}})
-
-
-def test_config_without_distillation(tmp_path, run_main):
-    ran = run_main(distillate.main, DIGITS, f"--workdir={tmp_path}")
-    assert (ran.status, ran.stderr) == (2, f"error: {DIGITS} names no distillation; write {DISTIL}\n")
-
-
-# other teachers
 
 
 def test_guided_teacher_gives_an_unguided_student(teacher, tmp_path, run_main):
