@@ -16,7 +16,6 @@ Metrics are the names in --config.eval.metrics. With --keep_images the same comm
 was interrupted.
 """
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +30,12 @@ from libs.data.folder import folder_batches
 from libs.defaults import base_config
 from libs.errors import UserError
 from libs.evaluation import Metrics, Request, score_files, score_seeds
-from libs.files import atomic_path
+from libs.files import require_json, write_json
 from libs.image_folder import ImageFolder, fingerprint, image_names, read_chain
 from libs.markdown import markdown_table
 from libs.processes import Processes
 from libs.prompts import prompts_of_files
-from libs.provenance import command_line, file_sha256, git_commit, machine, versions
+from libs.provenance import file_sha256, machine, origin
 from libs.seeds import parse_labels, parse_seeds
 from libs.tables import result_row
 
@@ -64,16 +63,13 @@ def evaluate(config, flags) -> None:
     of_images = config is not None and config.get("cond", {}).get("kind") == "image"
     if (flags.seeds is None) == (flags.images is None) and not (of_images and flags.seeds):
         raise UserError(f"--seeds={flags.seeds}, --images={flags.images}: give one of them")
-    if not flags.out.endswith(".json"):
-        raise UserError(f"--out={flags.out} must end in .json")
+    require_json(flags.out)
     cli.output_dir(Path(flags.out).parent)
     result = (evaluate_folder if flags.seeds is None else evaluate_seeds)(config, flags)
     if result is None:  # not the main process
         return
-    result |= {"versions": versions(), "git_commit": git_commit(),
-               "command": command_line("eval.py", config, flags, FLAGS)}
-    with atomic_path(flags.out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    result |= origin("eval.py", config, flags, FLAGS)
+    write_json(flags.out, result)
     print(markdown_table([result_row(result)]))
 
 

@@ -19,11 +19,8 @@ image and original side by side. --compare times the plain pipeline against the 
 and compare.png (left plain, right accelerated).
 """
 
-import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import flags as absl_flags
@@ -34,7 +31,7 @@ from libs import build, cli
 from libs.cost import gmacs_per_image
 from libs.data.images import image_grid, save_png
 from libs.errors import UserError
-from libs.files import atomic_path
+from libs.files import atomic_path, write_json
 from libs.image_folder import ImageFolder, fingerprint
 from libs.montage import capture_indices, captures, montage
 from libs.processes import Processes
@@ -161,11 +158,6 @@ def compare_with_plain(sampler, seeds: list[int], folder: ImageFolder, repeats: 
     save_png(folder.path / "compare.png", picture)
     print(f"plain {result['plain_seconds']:.3f} s, {result['method']['name']} {result['accelerated_seconds']:.3f} s a "
           f"call of {result['images_in_a_call']} images: {result['ratio']:.2f} x")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
 
 
 def main(argv: list[str] | None = None) -> int:

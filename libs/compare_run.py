@@ -21,7 +21,7 @@ from .benchmark import WARM_UP, timed_loop
 from .compare_grid import Cell, equal_cell, plan
 from .errors import UserError
 from .evaluation import BATCH
-from .files import atomic_path
+from .files import write_json
 from .generate import Chain
 from .image_folder import ImageFolder, fingerprint, read_chain
 from .markdown import markdown_table
@@ -151,8 +151,7 @@ class Grid:
         measured.unlink()
 
     def write(self, cell: Cell) -> None:
-        with atomic_path(self.path(cell)) as temporary:
-            temporary.write_text(json.dumps(self.results[cell.name], indent=1) + "\n")
+        write_json(self.path(cell), self.results[cell.name])
 
     def add_drift(self, cell: Cell) -> bool:
         """Add how far a method's images are from the plain ones of the same seeds, where both were kept."""

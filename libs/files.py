@@ -1,9 +1,11 @@
 """Files appear whole or not at all, and say in one line what went wrong."""
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
@@ -26,6 +28,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """The content as a file that appears whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def require_json(out: str | None) -> None:
+    """Refuse, before anything is measured, an --out with another ending than .json."""
+    if out is not None and not out.endswith(".json"):
+        raise UserError(f"--out={out} must end in .json")
 
 
 def reason(error: Exception) -> str:

@@ -17,7 +17,7 @@ from .adaptors.files import TRAINING_FREE, resolve_adaptor
 from .data.folder import list_images
 from .data.images import save_png
 from .errors import UserError
-from .files import atomic_path, reason
+from .files import reason, write_json
 from .policies.exit_schedule import schedule_file
 from .provenance import file_sha256
 
@@ -65,8 +65,7 @@ class ImageFolder:
             raise UserError(f"--{flag}={path} holds images of another chain ({_difference(held, fingerprint)}); "
                             "choose another folder")
         if held != fingerprint:
-            with atomic_path(self.path / CHAIN) as temporary:
-                temporary.write_text(json.dumps(fingerprint, indent=1))
+            write_json(self.path / CHAIN, fingerprint)
 
     def file(self, seed: int) -> Path:
         return self.path / f"{seed:06d}.png"

@@ -54,6 +54,11 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+def origin(script: str, config: Mapping | None, flags: SimpleNamespace, names: Sequence[str]) -> dict[str, Any]:
+    """Packages, code and command behind a result, under the names that its JSON has for them; see command_line."""
+    return {"versions": versions(), "git_commit": git_commit(), "command": command_line(script, config, flags, names)}
+
+
 def git_commit() -> str | None:
     """The commit of the code, with "-dirty" if files were changed since; None outside a git checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]

@@ -17,7 +17,7 @@ from absl import logging
 
 from .. import cli
 from ..errors import UserError
-from ..files import atomic_path, reason
+from ..files import atomic_path, reason, require_json
 from .image_files import list_images
 from .shard_cache import CACHE_BYTES, ShardCache, default_folder
 from .shard_files import LeftOut, TarShard
@@ -81,8 +81,7 @@ def define_flags(fv) -> None:
 
 
 def collect(config, flags) -> None:
-    if not flags.out.endswith(".json"):
-        raise UserError(f"--out={flags.out} must end in .json")
+    require_json(flags.out)
     if (flags.images is None) == (flags.shards is None):
         raise UserError("--images or --shards is missing, or both are given; give one of them")
     if flags.shards is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import atomic_path, reason
+from ..files import reason, write_json
 from ..processes import Processes
 from .feature_data import EMPTY, LATENTS_RECORD, PROMPTS, TEXTS_RECORD, read_context
 from .feature_files import write_feature
@@ -145,8 +145,7 @@ class _Making:
                 self._write(finished=True)
 
     def _write(self, finished: bool) -> None:
-        with atomic_path(self.record) as temporary:
-            temporary.write_text(json.dumps({**self.made_from, "finished": finished}, indent=1))
+        write_json(self.record, {**self.made_from, "finished": finished})
 
 
 def _bar(what: str, unit: str, total: int, mine: Sequence[Sequence], todo: Sequence[Sequence],

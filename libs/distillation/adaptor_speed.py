@@ -28,15 +28,15 @@ from .. import cli
 from .. import config as config_files
 from ..benchmark import PeakMemory, synchronize
 from ..errors import UserError
-from ..files import reason
+from ..files import reason, require_json
 from ..markdown import EMPTY, markdown_table
 from ..pipelines import untrained
 from ..processes import Processes
-from ..provenance import command_line, git_commit, machine, versions
+from ..provenance import machine, origin
 from ..training import Run
 from .adaptor_training import LEARNED, AdaptorTraining
 from .clockwork_adaptor import check
-from .speed import refuse_other_file, tell
+from .speed import tell
 from .trajectories import Teacher
 
 CONFIG = "configs/sd15.py:clockwork_adaptor"
@@ -153,7 +153,7 @@ SETTINGS = ("width", "latent", "adaptor", "clock", "steps", "trajectories", "row
 def speed(_, flags) -> int:
     if flags.latent % 8:
         raise UserError(f"--latent={flags.latent} must be a multiple of 8: the network halves it three times")
-    refuse_other_file(flags.out)
+    require_json(flags.out)
     processes = Processes(cli.choose_device(flags.device, "--device"))
     config = epoch_config(flags)
     check(config, processes.count)
@@ -161,9 +161,8 @@ def speed(_, flags) -> int:
     teacher = untrained_teacher(flags.width, flags.latent, flags.steps, flags.rows, device, DTYPES[flags.dtype])
     settings = {name: getattr(flags, name) for name in SETTINGS}
     result = {**measure(config, teacher, processes), "settings": settings, "protocol": PROTOCOL,
-              "memory": MEMORY.get(device.type), "machine": machine(device), "versions": versions(),
-              "git_commit": git_commit(),
-              "command": command_line("-m libs.distillation.adaptor_speed", None, flags, (*SETTINGS, "device", "out"))}
+              "memory": MEMORY.get(device.type), "machine": machine(device),
+              **origin("-m libs.distillation.adaptor_speed", None, flags, (*SETTINGS, "device", "out"))}
     tell(markdown_table([table_row(result)]), result, flags.out)
     return 0
 

@@ -17,10 +17,11 @@ from ..benchmark import timed_loop
 from ..build import load_chain
 from ..cost import gmacs_per_image
 from ..errors import UserError
+from ..files import require_json
 from ..generate import Chain
-from ..provenance import command_line, git_commit, machine, versions
+from ..provenance import machine, origin
 from ..seeds import parse_labels
-from .speed import WARM_UP, refuse_other_file, tell
+from .speed import WARM_UP, tell
 
 FLAGS = ("checkpoint", "teacher", "prompts", "steps", "teacher_steps", "guidance", "rows", "repeats", "out")
 
@@ -71,16 +72,14 @@ def speed(config, flags) -> int:
         raise UserError(f"policy.name={config.policy.name!r}: the whole network is timed; leave the policy out")
     if flags.guidance == 1:
         raise UserError("--guidance=1 is none; give the scale of a guided teacher")
-    refuse_other_file(flags.out)
+    require_json(flags.out)
     device = cli.choose_device(config.compute.device)
     student = chain_of(config, flags.checkpoint, device, flags.prompts, flags.rows, steps=flags.steps)
     teacher = chain_of(config, flags.teacher, device, flags.prompts, flags.rows, name="ddim", steps=flags.teacher_steps,
                        cfg_scale=flags.guidance)
     result = measure(student, teacher, flags.rows, flags.repeats)
-    words = command_line("libs.distillation.flash_sampling_speed", config, flags, FLAGS)
     result |= {"checkpoint": flags.checkpoint, "compute": config.compute.to_dict(), "machine": machine(device),
-               "versions": versions(), "git_commit": git_commit(),
-               "command": f"python -m {words.removeprefix('python ')}"}
+               **origin("-m libs.distillation.flash_sampling_speed", config, flags, FLAGS)}
     tell(f"{flags.steps} steps {result['student']['images_per_second']:.4g} images/s, {flags.teacher_steps} guided "
          f"steps {result['teacher']['images_per_second']:.4g} images/s: {result['ratio']:.1f} x", result, flags.out)
     return 0

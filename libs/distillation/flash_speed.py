@@ -28,12 +28,15 @@ from ..benchmark import PeakMemory
 from ..build import load_model, make_denoiser
 from ..codecs import make_codec
 from ..errors import UserError
-from ..provenance import machine
+from ..files import require_json
+from ..provenance import machine, origin
 from ..random import Stream, normal
 from ..training import choose_precision
 from .flash import draw_starts
 from .flash_training import FlashSetup, check, null_condition
-from .speed import in_turns, random_batch, refuse_other_file, tell
+from .speed import in_turns, random_batch, tell
+
+FLAGS = ("checkpoint", "batch_size", "repeats", "width", "latent", "out")
 
 
 def define_flags(fv) -> None:
@@ -160,7 +163,7 @@ def measure(config, subject: Subject, batch_size: int, repeats: int, device) -> 
 def speed(config, flags) -> int:
     if config.get("distill", {}).get("name") != "flash":
         raise UserError("--config names no Flash Diffusion; write --config=configs/cifar10_unet.py:flash")
-    refuse_other_file(flags.out)
+    require_json(flags.out)
     if "pipeline" in config and flags.checkpoint:
         raise UserError(f"--checkpoint={flags.checkpoint} belongs to a config without a pipeline; a pipeline's network "
                         "has random weights here")
@@ -169,6 +172,7 @@ def speed(config, flags) -> int:
     else:
         subject = of_chain(config, flags.checkpoint)
     result = measure(config, subject, flags.batch_size, flags.repeats, cli.choose_device(config.compute.device))
+    result |= origin("-m libs.distillation.flash_speed", config, flags, FLAGS)
     memory = result["peak_memory_mib"]
     tell(f"update {result['update']:.3f} s: {result['ratio']:.3f} x its passes, {result['passes']:.3f} s; "
          f"{result['rollout_rows']} teacher rows in a roll-out of {result['batch_size']} images"

@@ -11,7 +11,6 @@ copy of the weights in the precision of the passes, which is what a teacher may 
 """
 
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,17 +23,18 @@ from torch import nn
 from .. import cli
 from ..benchmark import synchronize
 from ..build import load_model, make_denoiser
-from ..errors import UserError
-from ..files import atomic_path
+from ..files import require_json, write_json
 from ..methods import METHODS, apply_methods
 from ..peak_tensors import PeakTensors
-from ..provenance import machine
+from ..provenance import machine, origin
 from ..random import Stream, normal
 from ..training import Batch, choose_precision, diffusion_loss
 from .stages import Stage, stage_config
 from .student import hold, prepare_halving
 
 WARM_UP = 2  # rounds
+
+FLAGS = ("checkpoint", "batch_size", "steps", "repeats", "out")
 
 
 def define_flags(fv) -> None:
@@ -127,27 +127,21 @@ def random_batch(description: Mapping, batch_size: int, seed: int, step: int, de
     return Batch(x_0, cond, positions, seed, step)
 
 
-def refuse_other_file(out: str | None) -> None:
-    """See, before anything is measured, that the result can be written where --out says."""
-    if out and not out.endswith(".json"):
-        raise UserError(f"--out={out} must end in .json")
-
-
 def tell(text: str, result: Mapping, out: str | None) -> None:
     """The result as a line, and as a file where --out names one."""
     sys.stdout.write(f"{text}\n")
     if out:
-        with atomic_path(out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(out, result)
 
 
 def speed(config, flags) -> int:
     if "distill" not in config:
         with config.unlocked():
             apply_methods(config, "progressive", METHODS)
-    refuse_other_file(flags.out)
+    require_json(flags.out)
     result = measure(config, flags.checkpoint, flags.steps, flags.batch_size, flags.repeats,
                      cli.choose_device(config.compute.device))
+    result |= origin("-m libs.distillation.speed", config, flags, FLAGS)
     memory = result["memory_mib"]
     told = "" if memory["update"] is None else (
         f"; {memory['update']:.0f} MiB, training {memory['training']:.0f} and a copy of the weights "

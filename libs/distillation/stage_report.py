@@ -29,7 +29,7 @@ from ..checkpoint import STAGES
 from ..data.images import save_png
 from ..errors import UserError
 from ..evaluation import Metrics, Request
-from ..files import atomic_path, reason
+from ..files import atomic_path, reason, write_json
 from ..generate import Chain
 from ..methods import dpm_solver_pp
 from ..montage import montage
@@ -248,7 +248,7 @@ class StageReport:
         return held | {"config": self.config.to_dict()}
 
     def _write(self) -> None:
-        _write_json(self.workdir / FILE, self.held)
+        write_json(self.workdir / FILE, self.held)
 
 
 def _read_json(path: Path, advice: str) -> dict[str, Any]:
@@ -257,11 +257,6 @@ def _read_json(path: Path, advice: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or reason(error)
         raise UserError(f"{path} cannot be read ({why}); {advice}") from error
-
-
-def _write_json(path: Path, held: Mapping) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(held, indent=1) + "\n")
 
 
 def _digest(*parts: Any) -> str:
@@ -297,7 +292,7 @@ def report_again(_, flags) -> None:
         teacher = student
     report.finish(base, steps)
     if processes.is_main:
-        _write_json(workdir / STAGES, manifest)
+        write_json(workdir / STAGES, manifest)
     processes.close()
 
 

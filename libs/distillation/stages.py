@@ -21,7 +21,7 @@ from ..backbones.guidance import refuse_without_guidance_input
 from ..build import adopt_places, load_model
 from ..checkpoint import STAGES
 from ..errors import UserError
-from ..files import atomic_path
+from ..files import write_json
 from ..processes import Processes
 from ..training import Run, Trainer, choose_precision, load_training_data, validate
 from ..training.run import read_config
@@ -298,5 +298,4 @@ class Stages:
             done = max(Checkpoints(self.workdir / stage.name / "ckpts").steps(), default=0)
             rows.append({"name": stage.name, **asdict(stage), "done": done, "finished": done >= stage.updates,
                          **self.report.values(stage.name)})
-        with atomic_path(self.workdir / STAGES) as temporary:
-            temporary.write_text(json.dumps({"start": self.start, "stages": rows}, indent=1) + "\n")
+        write_json(self.workdir / STAGES, {"start": self.start, "stages": rows})

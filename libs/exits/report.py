@@ -15,7 +15,6 @@ Samples the seeds and writes into --out
 share the seeds.
 """
 
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -35,11 +34,11 @@ from ..contexts import make_contexts
 from ..cost import gmacs_per_image
 from ..data.images import save_png
 from ..errors import UserError
-from ..files import atomic_path
+from ..files import write_json
 from ..generate import Chain
 from ..montage import montage
 from ..processes import Processes
-from ..provenance import command_line, file_sha256, git_commit, machine, versions
+from ..provenance import file_sha256, machine, origin
 from ..seeds import parse_labels, parse_seeds
 from ..training.batches import Batches, load_training_data
 from ..training.setup import sampled_times
@@ -182,11 +181,8 @@ def report(config, flags) -> None:
     if held is not None:
         result["calibration"] = calibration(held, BINS if times is None else len(times), times)
         draw_calibration(result["calibration"], out / "calibration.png")
-    words = command_line("libs.exits.report", config, flags, FLAGS)
-    result |= {"versions": versions(), "git_commit": git_commit(),
-               "command": f"python -m {words.removeprefix('python ')}"}
-    with atomic_path(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    result |= origin("-m libs.exits.report", config, flags, FLAGS)
+    write_json(out / "report.json", result)
     logging.info("%d images by %.3f of the layers: %s", len(seeds), measured["policy"]["layer_ratio"], out)
 
 

@@ -15,6 +15,7 @@ from absl import logging
 
 from .. import build, cli
 from ..errors import UserError
+from ..files import require_json
 from ..policies.exit_calibration import FIRST_SEED
 from ..policies.exit_schedule import write_schedule
 from ..provenance import file_sha256
@@ -36,8 +37,7 @@ def calibrate(config, flags) -> None:
                         f"--config={flags.config}:early_exit")
     if config.policy.schedule:
         raise UserError(f"--config.policy.schedule={config.policy.schedule} is a schedule already")
-    if not flags.out.endswith(".json"):
-        raise UserError(f"--out={flags.out} must end in .json")
+    require_json(flags.out)
     config.policy.mode = "schedule"
     device = cli.choose_device(config.compute.device)
     chain, source = build.load_chain(config, flags.checkpoint, device, flags.chosen, flags.prompts)

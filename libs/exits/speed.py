@@ -12,7 +12,6 @@ algorithm for one image at a time. --random_heads=RATIO replaces the network's u
 about that share of the layers: its images are worth nothing, its times are.
 """
 
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -30,14 +29,14 @@ from .. import build, cli
 from ..benchmark import WARM_UP, timed_loop
 from ..contexts import Contexts, make_contexts
 from ..errors import UserError
-from ..files import atomic_path
+from ..files import require_json, write_json
 from ..generate import Chain
 from ..markdown import EMPTY, markdown_table
 from ..peak_tensors import PeakTensors
 from ..policies import Full
 from ..policies.exit_walk import run_layer
 from ..policies.sites import unwrap
-from ..provenance import command_line, git_commit, machine, versions
+from ..provenance import machine, origin
 from .random_heads import add_random_heads
 
 PROTOCOL = ("a timed loop goes from seeds to uint8 images, the device synchronised before and after; after {warm_up} "
@@ -293,8 +292,7 @@ def exit_speed(config, flags) -> None:
     if config.get("policy", {}).get("name") != "early_exit":
         raise UserError(f"--config={flags.config} samples without early exit; name the method, as in "
                         "--config=configs/cifar10_uvit_tiny.py:early_exit")
-    if not flags.out.endswith(".json"):
-        raise UserError(f"--out={flags.out} must end in .json")
+    require_json(flags.out)
     wrong = [word for word in flags.rows if not word.isdecimal() or int(word) < 1]
     if wrong or not flags.rows:
         raise UserError(f"--rows={','.join(flags.rows)}: want numbers of at least 1")
@@ -305,16 +303,13 @@ def exit_speed(config, flags) -> None:
     device = cli.choose_device(config.compute.device)
     bench = make_bench(config, flags, device)
     found = [row for rows in flags.rows for row in bench.measure(int(rows), flags.repeats, flags.released_images)]
-    words = command_line("libs.exits.speed", config, flags, FLAGS)
     result = {"variants": [row | {"goal": goal(row, device.type)} for row in found],
               "protocol": PROTOCOL.format(warm_up=WARM_UP, repeats=flags.repeats),
               "model": flags.checkpoint or config.checkpoint, "config": flags.config, "method": config.policy.to_dict(),
               "sampler": config.sampler.to_dict(), "compute": config.compute.to_dict(), "repeats": flags.repeats,
               "random_heads": flags.random_heads or None, "threshold": bench.threshold, "schedule": bench.schedule,
-              "machine": machine(device), "versions": versions(), "git_commit": git_commit(),
-              "command": f"python -m {words.removeprefix('python ')}"}
-    with atomic_path(flags.out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+              "machine": machine(device), **origin("-m libs.exits.speed", config, flags, FLAGS)}
+    write_json(flags.out, result)
     sys.stdout.write(table(result) + "\n")
 
 

@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from .. import cli
 from ..errors import UserError, choose
-from ..files import atomic_path, reason
+from ..files import reason, write_json
 from ..markdown import markdown_table
 from ..policies.clockwork import Clockwork
 from ..policies.encoder_propagation import EncoderPropagation
-from ..provenance import git_commit, versions
+from ..provenance import origin
 from . import untrained
 from .apply import apply_policy
 
@@ -422,9 +422,8 @@ def safety(_, flags) -> None:
     out = Path(flags.out)
     cli.output_dir(out.parent)
     result = {"checks": {name: check.__doc__ for name, check in CHECKS.items()}, "tools": list(measure(tools)),
-              "versions": versions(), "git_commit": git_commit()}
-    with atomic_path(out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+              **origin("-m libs.pipelines.safety", None, flags, ("tools", "out"))}
+    write_json(out, result)
     sys.stdout.write(table(result) + "\n")
 
 

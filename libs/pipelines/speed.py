@@ -33,14 +33,16 @@ from .. import cli
 from ..benchmark import CLOCKS, SYNCHRONISED, CallClock, PeakMemory, synchronize
 from ..cost import MacCounter, countable
 from ..errors import UserError, choose
-from ..files import atomic_path, reason
+from ..files import reason, write_json
 from ..markdown import EMPTY, markdown_table
 from ..policies.clockwork import Clockwork
 from ..policies.encoder_propagation import EncoderPropagation
-from ..provenance import git_commit, machine, versions
+from ..provenance import machine, origin
 from . import untrained
 from .apply import apply_policy
 
+FLAGS = ("policies", "reference", "steps", "batch", "latent", "width", "dtype", "device", "compile", "compile_mode",
+         "repeats", "out")
 PROTOCOL = ("a timed loop is one call of the pipeline that hands out latents, the device synchronised before and "
             "after it; after a loop in which multiply-adds are counted and one to warm up, {repeats} rounds, each "
             "policy once a round; ratios are medians of a policy's time over the plain one's of the same round, "
@@ -298,9 +300,8 @@ def speed(_, flags) -> None:
               "settings": call | {"width": flags.width, "dtype": flags.dtype, "repeats": flags.repeats,
                                   "compile": compiled and compiled["mode"]},
               "parameters": sum(each.numel() for each in net.parameters()),
-              "machine": machine(device), "versions": versions(), "git_commit": git_commit()}
-    with atomic_path(out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+              "machine": machine(device), **origin("-m libs.pipelines.speed", None, flags, FLAGS)}
+    write_json(out, result)
     sys.stdout.write(table(result) + "\n")
 
 

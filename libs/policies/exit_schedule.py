@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import atomic_path, reason
+from ..files import reason, write_json
 
 FORMAT = "early-exit-schedule-1"
 TEXT = re.compile(r"[0-9x,%\s-]*")
@@ -113,8 +113,7 @@ def write_schedule(path: str | Path, depths: Sequence[int], layers: int, times: 
     ratio = sum(depths) / (len(depths) * layers)
     content = {"format": FORMAT, "layers": layers, "depths": list(depths), "times": times.tolist(),
                "layer_ratio": ratio, **about}
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
 
 
 def nearest_depths(depths: Sequence[int], made_for: Tensor, times: Tensor) -> tuple[int, ...]:

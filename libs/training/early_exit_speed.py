@@ -28,11 +28,10 @@ from .. import cli
 from ..backbones.recompute import recompute_activations
 from ..benchmark import PeakMemory, synchronize
 from ..build import make_denoiser, prepare_backbone
-from ..errors import UserError
-from ..files import atomic_path
+from ..files import require_json, write_json
 from ..markdown import markdown_table
 from ..methods import METHODS, apply_methods
-from ..provenance import command_line, git_commit, machine, versions
+from ..provenance import machine, origin
 from ..random import Stream, normal
 from .batches import Batch
 from .objective import Objective, diffusion_loss
@@ -41,6 +40,7 @@ from .setup import choose_precision, make_objective, start_network
 
 WARM_UP = 2  # rounds
 GOALS = {"time_ratio": 1.35, "memory_ratio": 1.1}  # at most
+FLAGS = ("batch_size", "repeats", "out")
 
 
 def define_flags(fv) -> None:
@@ -132,21 +132,16 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def speed(config, flags) -> int:
-    if flags.out and not flags.out.endswith(".json"):
-        raise UserError(f"--out={flags.out} must end in .json")
+    require_json(flags.out)
     if "early_exit" not in config:
         with config.unlocked():
             apply_methods(config, "early_exit", METHODS)
     found = measure(config, flags.batch_size, flags.repeats, cli.choose_device(config.compute.device))
-    words = command_line("libs.training.early_exit_speed", config, flags, ("batch_size", "repeats", "out"))
     result = {**found, "goals": GOALS, "met": {name: found[name] <= most for name, most in GOALS.items()},
-              "config": flags.config, "versions": versions(), "git_commit": git_commit(),
-              "command": f"python -m {words.removeprefix('python ')}"}
-    text = json.dumps(result, indent=1) + "\n"
-    sys.stdout.write(text)
+              "config": flags.config, **origin("-m libs.training.early_exit_speed", config, flags, FLAGS)}
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
     if flags.out:
-        with atomic_path(flags.out) as temporary:
-            temporary.write_text(text)
+        write_json(flags.out, result)
     return 0
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..defaults import base_config
 from ..errors import UserError
-from ..files import atomic_path, reason
+from ..files import reason, write_json
 from ..processes import Processes
 from .state import Checkpoints, Saved
 
@@ -48,8 +48,7 @@ class Run:
     def claim(self) -> None:
         """Write config.json: from here on the folder is this run's."""
         if self.processes.is_main:
-            with atomic_path(self.workdir / "config.json") as temporary:
-                temporary.write_text(json.dumps(self._wanted(), indent=1) + "\n")
+            write_json(self.workdir / "config.json", self._wanted())
 
     def start_from(self, weights: str) -> None:
         """Take down the digest of the weights that `start` names. Raises UserError where the run learned from others
