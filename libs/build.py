@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from absl import logging
 from ml_collections import ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
 from .backbones.attention import set_attention
@@ -22,6 +23,7 @@ from .conditioners import (
     read_images,
 )
 from .contexts import KINDS, Contexts, make_contexts
+from .defaults import base_config
 from .denoiser import TARGETS, TIME_INPUTS, Denoiser
 from .errors import UserError, choose
 from .factory import refuse_other_size
@@ -29,7 +31,7 @@ from .generate import Chain
 from .policies import make_policy
 from .policies.sites import unwrap
 from .prompts import read_prompts
-from .samplers import grid_orders, make_sampler
+from .samplers import evaluation_times, grid_orders, make_sampler
 from .schedule import Schedule, make_schedule, time_grid
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # torch.compile's
@@ -129,6 +131,15 @@ def make_times(section: Mapping, schedule: Schedule):
     """The grid ts (steps + 1,) of a config's `sampler` section."""
     orders = grid_orders(section["name"], section["steps"], section["order"])
     return time_grid(section["grid"], section["steps"], schedule, section["t_start"], section["t_end"], orders)
+
+
+def sampled_times(description: Mapping[str, Any], schedule: Schedule) -> Tensor | None:
+    """The only times (n,) at which a student of few steps is asked; None for a network that is no student."""
+    section = description.get("sampler")
+    if section is None:
+        return None
+    section = {**base_config().sampler, **section}
+    return evaluation_times(make_sampler(**section), make_times(section, schedule), schedule)
 
 
 def guidance_range(cond: Mapping) -> tuple[float, float] | None:
@@ -252,7 +263,20 @@ def load_chain(config: ConfigDict, name: str | None, device: torch.device, overr
     chain = make_chain(config, prepare_backbone(net, config["compute"], device), description, device, contexts)
     if chain.conditioners is not None:
         _show_inputs(chain, images, prompts, description)
+    _warn_of_other_times(chain, description)
     return chain, checkpoints.resolve(name or config["checkpoint"])
+
+
+def _warn_of_other_times(chain: Chain, description: Mapping) -> None:
+    """A student of few steps that is asked elsewhere than where it was trained: allowed, and seldom what was meant."""
+    own = sampled_times(description, chain.denoiser.schedule)
+    if own is None or len(own) == chain.denoiser.schedule.steps:  # trained at every time
+        return
+    jumps = description["sampler"]["name"] == "lcm"  # from any of its times onto data; others step to the next one
+    known = torch.isclose(chain.times[:, None], own).any(1).all() if chain.times.ndim == 1 else True
+    if not known or (not jumps and len(chain.times) != len(own)):
+        logging.warning("this checkpoint is a student of %d steps of %s; %d of %s ask it for what it did not learn",
+                        len(own), description["sampler"]["name"], len(chain.times), chain.sampler.func.__name__)
 
 
 def _refuse_images(path: str | None, description: Mapping) -> None:

@@ -9,6 +9,7 @@
         return cli.run(sample, define_flags, argv)
 """
 
+import contextlib
 import errno
 import inspect
 import logging
@@ -29,6 +30,8 @@ from ml_collections import ConfigDict
 
 from . import config as config_files
 from .errors import UserError, is_out_of_memory
+
+_made: list[Path] = []  # folders that this command's output_dir made
 
 Body = Callable[[ConfigDict | None, SimpleNamespace], int | None]
 DefineFlags = Callable[[absl_flags.FlagValues], None]
@@ -96,8 +99,12 @@ def is_main_process() -> bool:
 
 
 def output_dir(path: str | os.PathLike, flag: str = "out") -> Path:
-    """Make the folder `path` and see that files can be written there; a UserError names `flag` if not."""
+    """Make the folder `path` and see that files can be written there; a UserError names `flag` if not.
+
+    A command that is refused afterwards leaves no empty folder behind.
+    """
     path = Path(path)
+    _made.extend(each for each in (path, *path.parents) if not each.exists())
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -105,6 +112,12 @@ def output_dir(path: str | os.PathLike, flag: str = "out") -> Path:
     except OSError as error:
         raise UserError(f"--{flag}={path}: cannot write there ({error.strerror})") from None
     return path
+
+
+def _remove_empty_folders() -> None:
+    for folder in sorted(_made, key=lambda each: len(each.parts), reverse=True):
+        with contextlib.suppress(OSError):  # something is in it by now
+            folder.rmdir()
 
 
 def choose_device(name: str = "auto", field: str = "compute.device") -> torch.device:
@@ -124,6 +137,7 @@ def choose_device(name: str = "auto", field: str = "compute.device") -> torch.de
 
 def _run(command: Command, argv: list[str], doc: str | None) -> int:
     _set_up_logging()
+    _made.clear()
     fv = absl_flags.FlagValues()
     command.define_flags(fv)
     if command.takes_config != "no":
@@ -146,6 +160,7 @@ def _run(command: Command, argv: list[str], doc: str | None) -> int:
         return command.body(config, flags) or 0
     except UserError as error:
         _print_error(str(error))
+        _remove_empty_folders()
         return 2
     except KeyboardInterrupt:
         if is_main_process():  # Ctrl-C reaches every process

@@ -1,7 +1,8 @@
 """Functions of the user's own files, named as `path/to/module.py:function`: a model or a data set.
 
 A model's function takes no argument and returns an `nn.Module` with the attribute `image_size = [1, C, H, W]`, whose
-call is `net(x, t)`: x (b, C, H, W) and t (b,) float32 -> (b, C, H, W); with labels `net(x, t, y=y)`, y (b,) int64; with
+call is `net(x, t)`: x (b, C, H, W) and t (b,) float32 -> (b, C, H, W), or (b, 2 C, H, W) of a model that predicts both
+x_0 and eps; with labels `net(x, t, y=y)`, y (b,) int64; with
 an image as its condition `net(x, t, concat=concat)`, (b, n, H, W), and the attribute `concat_channels = n`; with texts
 `net(x, t, context=context)`, (b, tokens, width), and `context_shape = [tokens, width]`, or `net(x, t, vector=vector)`,
 (b, d), and `vector_size = d`.
@@ -62,9 +63,10 @@ def make_network(factory: str = "") -> nn.Module:
     shape = (1, *shape[1:])
     takes = _arguments(net)
     out = _output_shape(net, shape, factory)
-    if out != shape:
+    if out not in (shape, _doubled(shape)):
         raise UserError(f"{MODEL}={factory!r}: the model makes {out} of an image of its image_size {shape}; want the "
                         "same shape")
+    net.predicts_both = out != shape
 
     def without_none(_, args, kwargs):
         for name, value in kwargs.items():
@@ -78,13 +80,25 @@ def make_network(factory: str = "") -> nn.Module:
     return net
 
 
-def refuse_other_size(net: nn.Module, description: Mapping) -> None:
-    """Before any data is read: a user's own model must be made for images of the config's size and channels.
+def _doubled(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[0], 2 * shape[1], *shape[2:]
 
-    description: with the sections backbone, codec and image. In the latents of a codec, the first call tells.
+
+def refuse_other_size(net: nn.Module, description: Mapping) -> None:
+    """Before any data is read: a user's own model must be made for images of the config's size and channels, and for
+    what it is to predict.
+
+    description: with the sections backbone, denoiser, codec and image. In the latents of a codec, the first call tells.
     """
     section, image = description["backbone"], description["image"]
-    if section["name"] == "factory" and description["codec"]["name"] == "pixel":
+    if section["name"] != "factory":
+        return
+    shape, prediction = tuple(net.image_size), description["denoiser"]["prediction"]
+    wanted = _doubled(shape) if prediction == "both" else shape
+    if net.predicts_both != (prediction == "both"):
+        raise UserError(f"denoiser.prediction={prediction!r}: {MODEL}={section['factory']!r} makes "
+                        f"{(2 if net.predicts_both else 1) * shape[1]} channels; want {wanted[1]}")
+    if description["codec"]["name"] == "pixel":
         shape = 1, image["channels"], image["size"], image["size"]
         if tuple(net.image_size)[1:] != shape[1:]:
             raise UserError(_other_size(section["factory"], net.image_size, shape))

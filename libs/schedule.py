@@ -49,6 +49,15 @@ class Schedule(ABC):
     def logsnr(self, t: Tensor) -> Tensor:
         return 2 * self.lambda_(t)
 
+    def on_grid(self, ts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha, sigma and lambda at a sampler's times, each shaped as `ts`.
+
+        t = 0 is clean data, (1, 0, infinity), also where log SNR is truncated: there 2202.00512's sampler returns x_0.
+        """
+        clean = ts == 0
+        return (self.alpha(ts).masked_fill(clean, 1), self.sigma(ts).masked_fill(clean, 0),
+                self.lambda_(ts).masked_fill(clean, math.inf))
+
     @abstractmethod
     def drift(self, t: Tensor) -> Tensor:
         """f(t) = d log alpha / dt of the forward SDE dx = f x dt + g dw."""

@@ -37,7 +37,7 @@ def test_equals_the_formula(name, options, grid, value, eta):
     x_T, z = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(8, 2, 3, 5, dtype=torch.float64)
     x, moved = x_T, 0
     for i in range(8):
-        a, a_next = schedule.alpha(ts[i]) ** 2, schedule.alpha(ts[i + 1]) ** 2
+        a, a_next = schedule.alpha(ts[i]) ** 2, schedule.alpha(ts[i + 1]) ** 2 if ts[i + 1] else torch.tensor(1.0)
         free = denoise(x, ts[i])
         x_0 = free.x_0.clamp(-value, value)
         eps = ((x - a.sqrt() * x_0) / (1 - a).sqrt()).clamp(-value, value)

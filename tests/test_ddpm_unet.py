@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import distillate
 import sample
+import train
 from libs import build, distiller_checkpoint
 from libs import config as config_files
 from libs.backbones import DDPMUNet
@@ -407,3 +408,16 @@ def test_a_published_student_is_a_teacher(run_main, student, tmp_path):
     assert ran.status == 0, ran.stderr
     held = torch.load(tmp_path / "next.pt", weights_only=True)
     assert (held["n_timesteps"], held["time_scale"]) == (4, 256)
+
+
+def test_a_published_student_goes_on_learning_from_images(run_main, student, tmp_path):
+    """In all 8 steps of its schedule, where the config samples in 1,024."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "images/0.png")
+    ran = run_main(train.main, *FLAGS, f"--checkpoint={student[0]}", "--config.data.name=folder",
+                   f"--config.data.path={tmp_path / 'images'}", "--config.train.steps=1", "--config.train.batch_size=2",
+                   "--config.train.preview_images=2", f"--workdir={tmp_path / 'run'}")
+    assert ran.status == 0, ran.stderr
+    assert "previews take 8 steps, those of the checkpoint's schedule" in ran.stderr
+    described = load_described(tmp_path / "run/ckpts/00000001/backbone_ema.safetensors")[1]
+    assert described["schedule"] == {"name": "squared_cosine", "steps": 8}

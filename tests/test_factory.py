@@ -49,9 +49,13 @@ class Looks(TimeOnly):
             raise RuntimeError
         return super().forward(x, t)
 
-class Doubles(Net):
+class Both(TimeOnly):
     def forward(self, x, t):
-        return torch.cat([x, x], dim=1)
+        return torch.cat([x - super().forward(x, t), super().forward(x, t)], dim=1)
+
+class Triples(Net):
+    def forward(self, x, t):
+        return torch.cat([x, x, x], dim=1)
 
 class Tuples(Net):
     def forward(self, x, t):
@@ -69,7 +73,8 @@ def make_labelled():
 
 def make_any(): return Net()
 def make_looking(): return Looks()
-def make_doubling(): return Doubles()
+def make_both(): return Both()
+def make_tripling(): return Triples()
 def make_tuple(): return Tuples()
 def make_failing(): return Fails()
 def make_nothing(): return None
@@ -165,7 +170,7 @@ def test_labels(module):
 
 
 @pytest.mark.parametrize(("name", "problem"), [
-    ("make_doubling", r"makes \(1, 2, 8, 8\) of an image of its image_size \(1, 1, 8, 8\); want the same shape"),
+    ("make_tripling", r"makes \(1, 3, 8, 8\) of an image of its image_size \(1, 1, 8, 8\); want the same shape"),
     ("make_tuple", r"makes None of an image"),
     ("make_failing", r"fails on an image of its image_size .*: AttributeError in line \d+: .*nothing"),
     ("make_nothing", "returns a NoneType, not an nn.Module"),
@@ -242,6 +247,19 @@ def test_commands(run_main, module, tmp_path):
     ran = run(sample.main, "", model, f"--checkpoint={tmp_path / 'students'}", "--seeds=0-1", f"--out={out}")
     assert ran.status == 0, ran.stderr
     assert json.loads((out / "summary.json").read_text())["nfe"] == 2
+
+    both = f"--config.backbone.factory={module}:make_both"
+    ran = run(train.main, "", both, f"--workdir={tmp_path / 'both'}")
+    assert ran.stderr.endswith("make_both' makes 2 channels; want 1\n")
+    ran = run(train.main, "", both, "--config.denoiser.prediction=both", f"--workdir={tmp_path / 'both'}")
+    assert ran.status == 0, ran.stderr
+    ran = run(distillate.main, ":progressive", both, "--config.distill.start_steps=4",
+              f"--checkpoint={tmp_path / 'both'}", f"--workdir={tmp_path / 'students_of_both'}")
+    assert ran.status == 0, ran.stderr
+    ran = run(train.main, "", model, "--config.denoiser.prediction=both", f"--workdir={tmp_path / 'other'}")
+    assert (ran.status, ran.stderr) == (2, f"error: denoiser.prediction='both': backbone.factory='{module}:make_model' "
+                                           "makes 1 channels; want 2\n")
+    assert not (tmp_path / "other").exists()
 
     ran = run(train.main, "", f"--config.backbone.factory={module}:make_labelled", "--config.cond.kind=label",
               "--config.cond.num_classes=10", "--config.cond.null_label=10", f"--workdir={tmp_path / 'labelled'}")

@@ -304,8 +304,10 @@ def test_no_image_can_be_packed(run_main, tmp_path, images):
     text = error_of(run_main(prepare_data.main, *argv))
     assert text == (f"--images={images}: none of the 6 images can be packed; the first: {in_order(images)[0]} is only "
                     "40x33, and images are not enlarged")
-    assert read(tmp_path / "db") == {}
+    assert not (tmp_path / "db").exists()
     assert run_main(prepare_data.main, *argv, "--size=32").status == 0
+    assert error_of(run_main(prepare_data.main, *argv, "--size=32,64"))
+    assert read(tmp_path / "db")  # what was packed stays
 
 
 def test_databases_that_are_not_gone_on_with(run_main, tmp_path, images):

@@ -79,6 +79,17 @@ def test_onto_clean_data_with_the_right_moments(sampler):
     assert abs(out.std() - STD) < 0.02
 
 
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "clipped", "dpm_solver_pp", "lcm"])
+@pytest.mark.parametrize("schedule", ["vp_linear", "cosine"])
+def test_the_last_step_returns_x_0(schedule, name):
+    """Of a schedule whose log SNR is truncated too, and whatever eps is."""
+    schedule = make_schedule(schedule)
+    ts = torch.tensor([0.5, 0.0], dtype=torch.float64)
+    x_0 = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    out = make_sampler(name)(lambda x_t, t: Prediction(x_0, x_0 + 3), x_0 + 1, ts, schedule, noise=lambda k: x_0 + 7)
+    assert torch.equal(out, x_0)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_evaluation_times_are_the_times_of_the_calls(sampler):
     schedule, seen = make_schedule("vp_linear"), []

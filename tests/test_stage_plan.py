@@ -102,6 +102,9 @@ MISTAKES = [
     (["--config.distill.updates=many"], "--config.distill.updates=('many',): want whole numbers"),
     (["--config.distill.lr=0"], "--config.distill.lr=0 must be positive"),
     (["--config.distill.ema=1"], "--config.distill.ema=1 must lie from 0 to below 1"),
+    (["--config.distill.gamma=0.3"],
+     "distill.gamma=0.3: want a number, which is read by distill.weighting=gamma alone, and that is 'snr_trunc'"),
+    (["--config.distill.gamma=inf", "--config.distill.weighting=gamma"], "--config.distill.gamma=inf: want a number"),
     (["--config.schedule.steps=512"], "--config.schedule.steps=512: the teacher was trained with 1024, and its"),
 ]
 OF_STAGE_0 = [
@@ -119,7 +122,7 @@ def test_mistakes(kind, tmp_path, run_main, flags, message, request):
     assert ran.status == 2
     assert message in ran.stderr
     assert ran.stderr.count("\n") == 1
-    assert not list(tmp_path.glob("*/ckpts"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_guidance_of_an_unconditional_teacher(tmp_path, run_main):

@@ -83,6 +83,15 @@ def test_a_sampler_that_the_user_names_wins_over_the_students(students, tmp_path
     assert (summary["sampler"], summary["nfe"]) == (sampler, steps)
 
 
+@pytest.mark.parametrize(("flags", "warns"), [
+    ([], False), (["--config.sampler.steps=2"], True), (["--config.sampler.steps=3"], True),
+    (["--config.sampler.name=dpm_solver_pp", "--config.sampler.grid=logsnr", "--config.sampler.t_end=1e-3"], True)])
+def test_a_student_is_not_quietly_asked_for_what_it_did_not_learn(students, tmp_path, run_main, flags, warns):
+    ran = run_main(sample.main, DIGITS, *TINY, *flags, f"--checkpoint={students}", "--seeds=0", f"--out={tmp_path}")
+    assert ran.status == 0, ran.stderr
+    assert ("this checkpoint is a student of 4 steps of ddim; " in ran.stderr) == warns
+
+
 def test_each_student_starts_from_its_teacher(teacher, tmp_path, run_main):
     argv = (DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={tmp_path}",
             "--config.distill.lr=1e-12", "--config.distill.updates=1")

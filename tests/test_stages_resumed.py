@@ -9,6 +9,7 @@ from staged_runs import DIGITS, DISTIL, ENDS, EPS, ONE, SHORT, TINY, distil, tra
 
 import distillate
 import sample
+import train
 from libs.distillation import student as student_module
 from libs.distillation.progressive import Halving
 from libs.distillation.stage_report import StageReport
@@ -186,3 +187,23 @@ def test_another_teacher_is_refused_in_a_run_that_began(students, eps_teacher, e
              f"--config.distill.prediction=eps: {eps_students}/convert is a stage of the run there")):
         ran = run_main(distillate.main, DISTIL, *TINY, *SHORT, *argv)
         assert (ran.status, ran.stderr.startswith(f"error: {message}")) == (2, True), ran.stderr
+
+
+def test_a_training_and_its_students_do_not_share_a_folder(teacher, students, run_main):
+    """--checkpoint=FOLDER would be either of them."""
+    ran = run_main(distillate.main, DISTIL, *TINY, *SHORT, *ENDS, f"--checkpoint={teacher}", f"--workdir={teacher}")
+    assert (ran.status, ran.stderr) == (
+        2, f"error: --workdir={teacher} is the folder of a training; choose another one for its students\n")
+    ran = run_main(train.main, DIGITS, *TINY, *SHORT, f"--workdir={students}")
+    assert (ran.status, ran.stderr) == (
+        2, f"error: --workdir={students} holds the stages of a distillation (stages.json); choose another folder\n")
+    assert not (teacher / "stages.json").exists()
+    assert not (students / "ckpts").exists()
+
+
+@pytest.mark.parametrize("field", ["lr=1e-3,2e-3", "ema=0.9"])
+def test_the_flag_of_a_stage_is_named(students, teacher, run_main, field):
+    ran = run_main(distillate.main, DISTIL, *TINY, *SHORT, *ENDS, f"--config.distill.{field}",
+                   f"--checkpoint={teacher}", f"--workdir={students}")
+    assert ran.status == 2
+    assert ran.stderr.startswith(f"error: --config.distill.{field.partition('=')[0]}="), ran.stderr

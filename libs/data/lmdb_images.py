@@ -191,11 +191,19 @@ def _jpeg(image: Image.Image) -> bytes:
 @contextlib.contextmanager
 def _open_to_write(out: str | Path) -> Iterator[Any]:
     lmdb = _package("prepare_data.py lmdb")
+    files = [Path(out, name) for name in ("data.mdb", "lock.mdb")]
+    fresh, empty = not any(file.exists() for file in files), False
     try:
         with lmdb.open(str(out), map_size=MAP_BYTES, readahead=False) as env:
-            yield env
+            try:
+                yield env
+            finally:
+                empty = not env.stat()["entries"]
     except lmdb.Error as error:
         raise UserError(f"--out={out}: the database cannot be written ({reason(error)})") from error
+    finally:
+        for file in files if fresh and empty else ():  # nothing was packed
+            file.unlink(missing_ok=True)
 
 
 def _held(env: Any, out: str | Path) -> bytes | None:

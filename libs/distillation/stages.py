@@ -173,6 +173,8 @@ class Stages:
     def __init__(self, config: ConfigDict, workdir: Path, start: str, processes: Processes,
                  overrides: Collection[str] = ()):
         self.config, self.workdir, self.start, self.processes = config, workdir, start, processes
+        if Checkpoints(workdir / "ckpts").steps():
+            raise UserError(f"--workdir={workdir} is the folder of a training; choose another one for its students")
         self.precision = choose_precision(config)
         self.base: Model = without_heads(*load_model(config, start))
         adopt_places(config, self.base[1], overrides)
@@ -220,7 +222,8 @@ class Stages:
                 _, description, _ = describe_halving(config, description)
             else:
                 description = describe_converted(config, description)
-            runs.append(Run(self.workdir / stage.name, config, source, self.processes))
+            flags = {f"train.{name}": flag_of(stage, name, self.config.distill) for name in ("lr", "ema")}
+            runs.append(Run(self.workdir / stage.name, config, source, self.processes, flags))
             source = stage.name
         for stage, run, later in zip(self.stages, runs, runs[1:], strict=False):
             done = max(run.checkpoints.steps(), default=0)

@@ -1,6 +1,7 @@
 """A halving's two networks: what the student's checkpoints will say of it, and how its teacher is held."""
 
 import copy
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -134,6 +135,9 @@ def describe_halving(config: ConfigDict,
     section = config.distill
     taught = {name: copy.deepcopy(held[name]) for name in (*MODEL_SECTIONS, "image")}
     check_halving(section.weighting, section.target, make_schedule(**taught["schedule"]), section.steps)
+    if not math.isfinite(section.gamma) or section.gamma and section.weighting != "gamma":
+        raise UserError(f"--config.distill.gamma={section.gamma}: want a number, which is read by distill.weighting="
+                        f"gamma alone, and that is {section.weighting!r}")
     description = copy.deepcopy(taught)
     if choose("distill.time_label", section.time_label, ("exact", "legacy")) == "legacy":
         taught, description = legacy_labels(taught, section.steps)

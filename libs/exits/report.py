@@ -41,7 +41,6 @@ from ..processes import Processes
 from ..provenance import file_sha256, machine, origin
 from ..seeds import parse_labels, parse_seeds
 from ..training.batches import Batches, load_training_data
-from ..training.setup import sampled_times
 from .calibration import Certainties, calibration, certainties, join
 from .pictures import draw_calibration, draw_exits, uncertainty_rows
 from .watch import every_layer, exit_uncertainty, plain_denoiser, watch
@@ -163,7 +162,7 @@ def report(config, flags) -> None:
     check_benchmark(config.eval.benchmark_rows, config.eval.benchmark_steps, config.eval.benchmark_repeats)
     labels = parse_labels(flags.labels, seeds, chain.num_classes)
     out = cli.output_dir(flags.out)
-    times, held = sampled_times(description, chain.denoiser.schedule), None
+    times, held = build.sampled_times(description, chain.denoiser.schedule), None
     if flags.data_images:
         held = calibrate(config, chain, description, processes, flags.data_images, times)
     measured = measure(config, flags, chain, seeds, labels, processes)

@@ -13,7 +13,7 @@ from .after_step import AfterStep, keep
 def ddim(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule: Schedule, noise: Callable | None = None,
          after_step: AfterStep = keep, eta: float = 0.0) -> Tensor:
     """DDIM, equation 12: deterministic at eta = 0, with the posterior's variance at eta = 1."""
-    alphas, sigmas = schedule.alpha(ts), schedule.sigma(ts)
+    alphas, sigmas, _ = schedule.on_grid(ts)
     # sigma_{t|s}^2, the noise that the forward process adds from s = ts[i + 1] to t = ts[i]
     sigmas_ts2 = sigmas[:-1] ** 2 - (alphas[:-1] / alphas[1:]) ** 2 * sigmas[1:] ** 2
     stds = eta * sigmas[1:] / sigmas[:-1] * sigmas_ts2.clamp(min=0).sqrt()  # equation 16
@@ -51,7 +51,7 @@ def ddpm(denoise: Denoise, x_T: Tensor, ts: Tensor, schedule: Schedule, noise: C
     variance: `small`, the posterior's (beta tilde), or `large`, the forward process's (beta).
     """
     choose("sampler.variance", variance, ("small", "large"))
-    alphas, sigmas = schedule.alpha(ts), schedule.sigma(ts)
+    alphas, sigmas, _ = schedule.on_grid(ts)
     alphas_ts = alphas[:-1] / alphas[1:]
     sigmas_ts2 = (sigmas[:-1] ** 2 - alphas_ts**2 * sigmas[1:] ** 2).clamp(min=0)
     from_x = alphas_ts * sigmas[1:] ** 2 / sigmas[:-1] ** 2

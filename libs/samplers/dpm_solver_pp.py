@@ -18,7 +18,7 @@ class _Coefficients:
     """
 
     def __init__(self, ts: Tensor, schedule: Schedule):
-        self.lambdas, self.alphas, self.sigmas = schedule.lambda_(ts), schedule.alpha(ts), schedule.sigma(ts)
+        self.alphas, self.sigmas, self.lambdas = schedule.on_grid(ts)
 
     def h(self, s: int, t: int) -> Tensor:
         return self.lambdas[t] - self.lambdas[s]

@@ -9,6 +9,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from ..checkpoint import STAGES
 from ..defaults import base_config
 from ..errors import UserError
 from ..files import reason, write_json
@@ -34,11 +35,16 @@ class Run:
     """The run in `workdir`: the one that is there already, or a new one.
 
     start: what --checkpoint named, the weights that the run starts from.
-    Raises UserError where the folder holds a run of another config, naming the first field that differs.
+    flags: field -> the flag that set it, where that is not --config.FIELD.
+    Raises UserError where the folder holds a run of another config, naming the first field that differs, or the stages
+    of a distillation, beside whose students --checkpoint=WORKDIR would not find this run.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict, start: str | None, processes: Processes):
-        self.workdir, self.start_weights = workdir, None
+    def __init__(self, workdir: Path, config: ConfigDict, start: str | None, processes: Processes,
+                 flags: Mapping[str, str] | None = None):
+        if (workdir / STAGES).exists():
+            raise UserError(f"--workdir={workdir} holds the stages of a distillation ({STAGES}); choose another folder")
+        self.workdir, self.start_weights, self.flags = workdir, None, {"start": "--checkpoint"} | dict(flags or {})
         self.checkpoints = Checkpoints(workdir / "ckpts", config.train.keep)
         self.processes = processes
         self.config, self.start = config, start or ""
@@ -80,7 +86,7 @@ class Run:
             free = field.split(".")[0] in FREE_SECTIONS or field in {*FREE_FIELDS, START_WEIGHTS} - kept
             if free or held.get(field) == wanted.get(field):
                 continue
-            name = "--checkpoint" if field == "start" else f"--config.{field}"
+            name = self.flags.get(field, f"--config.{field}")
             raise UserError(f"{name}={wanted.get(field)!r}: the run in --workdir={self.workdir} has "
                             f"{held.get(field)!r}; go on with that, or choose another folder")
 

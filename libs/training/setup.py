@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from absl import logging
 from ml_collections import ConfigDict
-from torch import Tensor, nn
+from torch import nn
 
 from ..backbones.concat import add_concat_channels, without_concat
 from ..build import (
@@ -21,16 +21,13 @@ from ..build import (
     guidance_range,
     load_model,
     make_denoiser,
-    make_times,
     prepare_backbone,
+    sampled_times,
 )
 from ..checkpoint import build_backbone, drop_heads, read, resolve
-from ..defaults import base_config
 from ..denoiser import TARGETS
 from ..errors import UserError, choose
 from ..factory import refuse_other_size
-from ..samplers import evaluation_times, make_sampler
-from ..schedule import Schedule
 from .early_exit import FromStart, LayerwiseLoss
 from .objective import Objective, diffusion_loss
 
@@ -134,10 +131,22 @@ def start_network(config: ConfigDict, start: str | None,
         raise UserError("cond.kind='none', but the network has classes (backbone.num_classes="
                         f"{net.num_classes}); choose label")
     if "early_exit" not in config:
+        if start:
+            _preview_steps(config, description, overrides)
         return without_heads(net, description)
     _add_heads(config, net, description)
     adopt_sampler(config, description, overrides)
     return net, description
+
+
+def _preview_steps(config: ConfigDict, description: Mapping[str, Any], overrides: Collection[str]) -> None:
+    """A schedule of fewer steps than the config's sampler takes (a student in diffusion_distiller's format, which goes
+    on learning from data) is sampled in all of its own.
+    """
+    steps = description["schedule"].get("steps")
+    if steps and config.sampler.steps > steps and "sampler.steps" not in overrides:
+        logging.info("previews take %d steps, those of the checkpoint's schedule", steps)
+        config.sampler.steps = steps
 
 
 def without_heads(net: nn.Module, description: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -225,15 +234,6 @@ def make_objective(config: ConfigDict, net: nn.Module | None = None, description
         options["lesson"] = FromStart(teacher, sampled_times(description, teacher.schedule),
                                       guidance_range(description["cond"]))
     return LayerwiseLoss(**options)
-
-
-def sampled_times(description: Mapping[str, Any], schedule: Schedule) -> Tensor | None:
-    """The only times (n,) at which a student of few steps is asked; None for a network that is no student."""
-    section = description.get("sampler")
-    if section is None:
-        return None
-    section = {**base_config().sampler, **section}
-    return evaluation_times(make_sampler(**section), make_times(section, schedule), schedule)
 
 
 def with_precision(config: Mapping, precision: str) -> dict[str, Any]:
