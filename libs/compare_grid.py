@@ -114,7 +114,7 @@ def equal_cell(cell: Cell, results: Mapping[str, Mapping]) -> Cell | None:
 
 
 def plan(cells: Iterable[Cell], results: Mapping[str, Mapping]) -> list[Cell]:
-    """Every cell after its plain one and, as far as `results` tell, before plain sampling of equal time; each once."""
+    """Every cell after its plain one and, as far as `results` tell, before plain sampling of equal MACs; each once."""
     planned: dict[str, Cell] = {}
     for cell in cells:
         for each in (cell.plain, cell, equal_cell(cell, results)):

@@ -79,12 +79,12 @@ class Comparison(NamedTuple):
 
     result      the cell
     plain       plain sampling with the same checkpoint, precision and sampler, at the steps that the methods start from
-    equal_time  whether `result` is plain sampling too, with as many steps as cost what the methods before it cost
+    equal_macs  whether `result` is plain sampling too, with as many steps as cost what the methods before it cost
     """
 
     result: Mapping[str, Any]
     plain: Mapping[str, Any]
-    equal_time: bool = False
+    equal_macs: bool = False
 
     @property
     def macs_ratio(self) -> float:
@@ -137,7 +137,7 @@ def comparisons(results: Iterable[Mapping[str, Any]]) -> list[Comparison]:
             rows[place] += members
             equal = (*sampler, count)
             if equal != place and equal in plain:
-                rows[place].append(Comparison(plain[equal], plain[place], equal_time=True))
+                rows[place].append(Comparison(plain[equal], plain[place], equal_macs=True))
                 equals.add(equal)
     for place in plain.keys() - groups.keys() - equals:
         rows[place] = [Comparison(plain[place], plain[place])]
@@ -156,7 +156,7 @@ def comparison_row(row: Comparison) -> dict[str, str]:
     cell, sampler = row.result["cell"], row.result["sampler"]
     return {
         "model": row.result["model"], "method": row.result["method"]["name"],
-        "settings": "equal time" if row.equal_time else settings_text(cell["settings"]) or EMPTY,
+        "settings": "equal MACs" if row.equal_macs else settings_text(cell["settings"]) or EMPTY,
         "precision": row.result["compute"]["precision"],
         "sampler": sampler["name"], "NFE": str(row.result["nfe"]), "GMACs": f"{gmacs(row.result):.4g}",
         "MACs": f"{row.macs_ratio:.3f}", "time": EMPTY if row.time_ratio is None else f"{row.time_ratio:.3f}",
@@ -182,7 +182,7 @@ def settings_text(settings: Mapping[str, Any]) -> str:
 
 
 def compare_table(paths: Iterable[str | Path]) -> str:
-    """The table of the result files of a grid, every method beside plain sampling of equal time."""
+    """The table of the result files of a grid, every method beside plain sampling of equal multiply-adds."""
     return markdown_table(map(comparison_row, comparisons(read_cells(paths))))
 
 

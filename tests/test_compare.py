@@ -135,7 +135,7 @@ def test_times_are_kept_beside_what_was_measured_before(run):
     assert "timing" not in ran.stderr  # there is a time already
 
 
-def test_a_policy_cell_has_drift_times_and_an_equal_time_row(run, tmp_path):
+def test_a_policy_cell_has_drift_times_and_a_row_of_equal_macs(run, tmp_path):
     ran, held = run([DIGITS | {"steps": 6} | REUSE], "--benchmark", "--repeats=1")
     assert ran.status == 0, ran.stderr
     plain, reuse = held["digits_uvit_full_ddim_6"], held["digits_uvit_reuse_ddim_6"]

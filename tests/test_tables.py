@@ -75,7 +75,7 @@ def write_cell(folder, name, policy, steps, nfe_gmacs, settings=(), timing=None,
     (folder / f"{name}.json").write_text(json.dumps(result))
 
 
-def test_every_method_stands_before_plain_sampling_of_equal_time(tmp_path):
+def test_every_method_stands_before_plain_sampling_of_equal_macs(tmp_path):
     times = [{"full_10": ratio} for ratio in (1.0, 0.625, 0.598)]
     write_cell(tmp_path, "full_10", "full", 10, 35.3, timing=times[0], frechet_cifar10=2)
     write_cell(tmp_path, "clock_2", "clockwork", 10, 21.0, {"clock": 2}, times[1], frechet_cifar10=3, psnr_to_plain=30)
@@ -93,7 +93,7 @@ def test_every_method_stands_before_plain_sampling_of_equal_time(tmp_path):
         ["full", "-", "10", "35.3", "1.000", "1.000", "2.000 (500 images)", "-"],
         ["encoder_propagation", "key_steps=paper", "10", "22", "0.623", "-", "3.000 (500 images)", "-"],
         ["clockwork", "clock=2", "10", "21", "0.595", "0.625", "3.000 (500 images)", "30.000 (500 images)"],
-        ["full", "equal time", "6", "21.2", "0.601", "0.598", "2.500 (500 images)", "-"],
+        ["full", "equal MACs", "6", "21.2", "0.601", "0.598", "2.500 (500 images)", "-"],
         ["clockwork", "clock=4", "10", "14", "0.397", "-", "4.000 (500 images)", "-"],
     ]
 
