@@ -387,3 +387,4 @@ def test_published_settings():
         assert [stage.dmd for stage in stages] == [0, 0.3, 0.5, 0.7]
         assert all(1 < stage.guidance[0] < stage.guidance[1] for stage in stages)
         assert config.train.lr == config.distill.discriminator_lr == 1e-5
+        assert load(f"configs/{name}.py:flash").data.flip is False  # a picture and its caption stay as they are

@@ -19,7 +19,8 @@ def flash_pipeline(config: ConfigDict) -> None:
     config.distill.text_encoder_device = "auto"  # cpu: its memory stays free, and a step waits for it
     chain = base_config()
     config.data, config.sampler = chain.data, chain.sampler
-    config.data.update(name="webdataset", path="", image_size=0)  # 0 is what the model was made for
+    # image_size: 0 is what the model was made for. flip: as published; a mirrored picture may contradict its caption.
+    config.data.update(name="webdataset", path="", image_size=0, flip=False)
 
 
 def pipeline_config(methods: str, name: str, path: str, **options) -> ConfigDict:
