@@ -18,7 +18,7 @@ from libs.data.canny import canny
 from libs.data.order import DataOrder, ShardOrder
 from libs.data.shard_cache import ShardCache
 from libs.data.shard_files import FolderShard, TarShard
-from libs.data.shard_filters import at_least, crop, present, read_maps, resize
+from libs.data.shard_filters import at_least, crop, present, resize
 from libs.data.shard_urls import list_shards
 from libs.data.shards import open_shards
 from libs.errors import UserError
@@ -244,9 +244,27 @@ def test_maps(tmp_path):
     assert data.fields(one, "w") == [30]
     with pytest.raises(UserError, match="has no 'url'"):
         data.fields(one, "url")
-    for text, fragment in [("blur 3", "'blur' is unknown; choose from select"), ("crop", "'crop' has other arguments")]:
-        with pytest.raises(UserError, match=f"data.maps.*{fragment}"):
-            read_maps(text)
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("blur 3", "data.maps='blur' is unknown; choose from select"),
+    ("crop", "data.maps: 'crop' has other arguments"),
+    ("canny; crop 0", "data.maps: 'crop 0': size=0 must be at least 1"),
+    ("crop -3", "data.maps: 'crop -3': size=-3 must be at least 1"),
+    ("crop abc", "data.maps: 'crop abc': size='abc' must be a whole number"),
+    ("resize 0", "data.maps: 'resize 0': size=0 must be at least 1"),
+    ("resize 1.5", "data.maps: 'resize 1.5': size='1.5' must be a whole number"),
+    ("canny x", "data.maps: 'canny x': low='x' must be a whole number"),
+    ("canny -1", "data.maps: 'canny -1': low=-1 must be at least 0"),
+    ("canny 200 100", "data.maps: 'canny 200 100': high=100 must be at least 200, the value of low"),
+])
+def test_maps_of_other_arguments(text, says, tmp_path):
+    """They are told before a shard is opened, not by its first sample."""
+    (tmp_path / "a.tar").write_bytes(b"no shard")
+    with pytest.raises(UserError) as caught:
+        load(str(tmp_path / "a.tar"), maps=text)
+    assert str(caught.value).startswith(says)
+    assert "\n" not in str(caught.value)
 
 
 def test_small_images_are_enlarged_without_borders():

@@ -2,7 +2,7 @@
 
 A filter takes a `Sample` of the index, before anything is decoded, and returns why it is left out, or None. A map takes
 a sample as a dictionary and returns another: `image` (Pillow), `text` (its first caption), every field of its JSON, and
-every other file of it as bytes under its extension.
+every other file of it as bytes under its extension. What makes them raises UserError for arguments that no sample fits.
 
     open_shards(shards, filters=[present("json"), at_least("aesthetic_score", 6)], maps=[crop(1024), canny()], ...)
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import UserError, choose
+from ..errors import UserError, choose, whole_number
 from .canny import canny as canny_edges
 from .raw import fit_coco
 from .shard_index import Sample
@@ -62,6 +62,8 @@ def rename(old: str, new: str) -> Map:
 
 def crop(size: int, name: str = "image") -> Map:
     """Cut out the centre, size x size pixels; a side that is shorter stays as it is, without a border."""
+    whole_number("size", size, 1)
+
     def cut(sample: Fields) -> Fields:
         image = _field(sample, name, "crop")
         width, height = (min(size, side) for side in image.size)
@@ -73,6 +75,7 @@ def crop(size: int, name: str = "image") -> Map:
 
 def resize(size: int, name: str = "image") -> Map:
     """The centre square at size x size pixels (Lanczos); small images are enlarged."""
+    whole_number("size", size, 1)
     return lambda sample: {**sample, name: fit_coco(_field(sample, name, "resize"), size, name)}
 
 
@@ -87,6 +90,9 @@ def rescale(name: str = "image", to: str = "rescaled") -> Map:
 
 def canny(low: int = 100, high: int = 200, name: str = "image", to: str = "edges") -> Map:
     """Canny's edges of an image, white on black."""
+    whole_number("low", low, 0)
+    whole_number("high", high, low, ", the value of low")
+
     def edged(sample: Fields) -> Fields:
         pixels = np.array(_field(sample, name, "canny"))
         return {**sample, to: Image.fromarray(canny_edges(pixels.reshape(*pixels.shape[:2], -1), low, high)[..., 0])}
@@ -104,7 +110,9 @@ def read_maps(text: str, field: str = "data.maps") -> list[Map]:
         name, *words = part.split()
         make = choose(field, name, MAPS)
         try:
-            maps.append(make(*(int(word) if word.isdecimal() else word for word in words)))
+            maps.append(make(*(int(word) if word.removeprefix("-").isdecimal() else word for word in words)))
+        except UserError as error:
+            raise UserError(f"{field}: {part!r}: {error}") from error
         except TypeError as error:
             raise UserError(f"{field}: {part!r} has other arguments than {name} takes; see "
                             "libs/data/shard_filters.py") from error
