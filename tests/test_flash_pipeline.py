@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -93,6 +94,20 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(pipelines, shards, trained, 
     one, other = (Checkpoints(folder / "ckpts").load(2) for folder in (trained("sd15"), tmp_path))
     assert all(torch.equal(other.weights[name], value) for name, value in one.weights.items())
     assert all(torch.equal(other.state["beside"][name], value) for name, value in one.state["beside"].items())
+
+
+def test_a_lora_does_not_go_on_upon_another_base(pipelines, shards, tmp_path, run_main):
+    base = tmp_path / "base"
+    shutil.copytree(pipelines("sd15"), base)
+    words = command("sd15", base, shards, tmp_path / "run")
+    assert distillate.main([*words, "--config.train.steps=1"]) == 0
+    pipe = DiffusionPipeline.from_pretrained(base)
+    for parameter in pipe.unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    pipe.unet.save_pretrained(base / "unet")
+    ran = run_main(distillate.main, *words)
+    assert ran.status == 2
+    assert f"{tmp_path}/run learned from other weights than {base} has now; remove" in ran.stderr.splitlines()[-1]
 
 
 def test_a_whole_network_takes_the_place_of_the_pipelines_own(pipelines, shards, tmp_path):

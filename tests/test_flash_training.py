@@ -91,6 +91,20 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(teacher, whole, tmp_path):
     assert_equal_states(one.state["optimizer"], other.state["optimizer"])
 
 
+@pytest.mark.parametrize("fields", [(), (LORA,)])
+def test_a_run_does_not_go_on_from_a_teacher_that_changed(fields, teacher, tmp_path, run_main):
+    start, workdir = tmp_path / "start.safetensors", tmp_path / "run"
+    net, description = load_described(resolve(str(teacher)))
+    save_backbone(start, net.state_dict(), description)
+    assert distil(start, workdir, *fields, "--config.train.steps=2") == 0
+    assert distil(start, workdir, *fields, "--config.train.steps=3", "--config.compute.precision=bf16") == 0
+    save_backbone(start, {name: 2 * each for name, each in net.state_dict().items()}, description)
+    ran = run_main(distillate.main, *FLASH, *fields, f"--checkpoint={start}", f"--workdir={workdir}")
+    assert ran.status == 2
+    assert f"--workdir: {workdir} learned from other weights than {start} has now" in ran.stderr.splitlines()[-1]
+    assert Checkpoints(workdir / "ckpts").steps() == [2, 3]
+
+
 def test_the_stages_follow_the_updates_and_their_losses_are_told(whole):
     first, *others = rows(whole)
     assert "distil" in first

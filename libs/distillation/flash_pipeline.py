@@ -27,7 +27,7 @@ from ..random import Stream
 from ..samplers import make_sampler
 from ..training import Batch, Batches, Run, choose_precision
 from .flash_stages import Stage
-from .flash_training import FlashSetup, FlashTrainer
+from .flash_training import FlashSetup, FlashTrainer, refuse_other_weights
 
 STUDENT = "student"  # folder in WORKDIR
 CAPTIONED = ("webdataset", "captioned_folder")  # data sets that can teach a pipeline
@@ -135,6 +135,7 @@ def distil_pipeline(config: ConfigDict, stages: list[Stage], run: Run, began: fl
     negative = config.distill.negative_prompt or section.negative_prompt
     model = load_pipeline_model({**section, "height": size, "width": size, "negative_prompt": negative},
                                 processes.device, dtype or torch.float32)
+    refuse_other_weights(run, saved, model.net)
     config = config.copy_and_resolve_references()  # the run knows what the command said, and goes on with that
     config.data.image_size = model.image_size
     data = load_learned(config.data).to(processes.device)

@@ -39,6 +39,8 @@ from ..schedule import make_schedule, time_grid
 from ..seeds import parse_labels
 from ..training import Run, Trainer, choose_precision, load_training_data, validate
 from ..training.setup import without_heads
+from ..training.state import Saved
+from ..weights import weights_digest
 from .flash import Flash, student_sampler
 from .flash_rollout import cached
 from .flash_stages import Stage, read_stages
@@ -117,6 +119,19 @@ def rollout_policy(text: str) -> dict[str, Any] | None:
     if value:
         override(config, "policy.clock" if name == "clockwork" else "policy.key_steps", value)
     return config.policy.to_dict()
+
+
+def refuse_other_weights(run: Run, saved: Saved | None, net: nn.Module) -> None:
+    """Raise UserError where the run learned from other weights than those of `net`, which its student starts from, and
+    with a LoRA goes on with.
+    """
+    if not run.config.distill.lora_rank:
+        run.start_from(weights_digest(net))
+    elif saved is not None:
+        from ..lora import fingerprint, same_weights
+
+        if not same_weights(saved.description["lora"]["base_fingerprint"], fingerprint(net)):
+            raise run.other_weights()
 
 
 class FlashSetup:
@@ -239,6 +254,7 @@ def distil_chain(config: ConfigDict, stages: list[Stage], run: Run, began: float
         logging.info("%s is finished: %d steps; a larger --config.train.steps goes on", run.workdir, saved.step)
         return 0
     net, held = without_heads(*load_model(config, run.start))
+    refuse_other_weights(run, saved, net)
     adopt_places(config, held, overrides)
     refuse_other_schedule(config, held, overrides)
     data = load_training_data(config.data, held, processes.device)

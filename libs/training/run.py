@@ -62,9 +62,13 @@ class Run:
         """
         held = read_config(self.workdir).get(START_WEIGHTS) if self.checkpoints.steps() else None
         if held not in (None, weights):
-            raise UserError(f"--workdir: {self.workdir} learned from other weights than {self.start} has now; remove "
-                            "that folder and those of the stages after it, or choose another --workdir")
+            raise self.other_weights()
         self.start_weights = weights
+
+    def other_weights(self) -> UserError:
+        """What a run is told that learned from other weights than `start` names now."""
+        return UserError(f"--workdir: {self.workdir} learned from other weights than {self.start} has now; remove that "
+                         "folder (and those of stages after it), or choose another --workdir")
 
     def resume(self) -> Saved | None:
         """The newest whole checkpoint, the same one on every process; None for a new run."""

@@ -22,12 +22,15 @@ WEIGHTS, AVERAGE, STATE = "backbone.safetensors", "backbone_ema.safetensors", "t
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint in host memory: the updates done, two state dicts, and what else the loop goes on from."""
+    """A checkpoint in host memory: the updates done, two state dicts, what else the loop goes on from, and what the
+    weights say of themselves.
+    """
 
     step: int
     weights: dict[str, Tensor]
     ema: dict[str, Tensor]
     state: dict[str, Any]
+    description: dict[str, Any]
 
 
 class Checkpoints:
@@ -77,14 +80,14 @@ class Checkpoints:
     def load(self, step: int) -> Saved:
         """Raises UserError for a checkpoint that is not whole."""
         path = self.path(step)
-        weights, ema = (read(path / name, "ckpts")[0] for name in (WEIGHTS, AVERAGE))
+        (weights, description), (ema, _) = (read(path / name, "ckpts") for name in (WEIGHTS, AVERAGE))
         try:
             state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         except (FileNotFoundError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             raise UserError(f"{path / STATE} cannot be read ({reason(error)})") from error
         if not isinstance(state, dict) or state.get("step") != step:
             raise UserError(f"{path / STATE} is not the state of step {step}")
-        return Saved(step, weights, ema, state)
+        return Saved(step, weights, ema, state, description)
 
     def newest(self) -> Saved | None:
         """The newest whole checkpoint; None where there is none at all.
