@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 
 import pytest
@@ -138,3 +139,18 @@ def test_what_makes_no_training_is_refused(fields, message, pipelines, shards, t
     ran = run_main(distillate.main, *command("sd15", pipelines("sd15"), shards, tmp_path, *fields))
     assert ran.status == 2
     assert message in ran.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("name", "fields", "message"), [
+    ("sd15", ("--config.data.image_size=30",), "--config.data.image_size=30: .* multiples of 4$"),
+    ("sd3", ("--config.data.image_size=20",), "--config.data.image_size=20: .* multiples of 8 of at most 64$"),
+    ("sd3", ("--config.data.image_size=72",), "--config.data.image_size=72: .* multiples of 8 of at most 64$"),
+    ("sd3", ("--config.pipeline.height=20", "--config.pipeline.width=20"), "--config.pipeline.height=20: this Stab"),
+    ("pixart", ("--config.data.image_size=36",), "--config.data.image_size=36: .* multiples of 8$"),
+    ("sdxl_adapter", ("--config.data.image_size=36",), "--config.data.image_size=36: .* multiples of 8$"),
+])
+def test_images_that_a_network_cannot_take_are_refused(name, fields, message, pipelines, shards, tmp_path, run_main):
+    ran = run_main(distillate.main, *command(name, pipelines(name), shards, tmp_path, *fields))
+    assert ran.status == 2
+    assert re.search(message, ran.stderr.splitlines()[-1]), ran.stderr
+    assert not (tmp_path / "config.json").exists()

@@ -135,6 +135,7 @@ def distil_pipeline(config: ConfigDict, stages: list[Stage], run: Run, began: fl
     negative = config.distill.negative_prompt or section.negative_prompt
     model = load_pipeline_model({**section, "height": size, "width": size, "negative_prompt": negative},
                                 processes.device, dtype or torch.float32)
+    model.refuse_other_size("data.image_size" if config.data.image_size else "pipeline.height")
     refuse_other_weights(run, saved, model.net)
     config = config.copy_and_resolve_references()  # the run knows what the command said, and goes on with that
     config.data.image_size = model.image_size

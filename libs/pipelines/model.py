@@ -7,6 +7,7 @@
     images = model.codec.decode(prediction.x_0)
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,17 @@ class PipelineModel:
         self.text_device = self.device
         self._negative: dict[str, Tensor] | None = None
         self.zeros = not negative_prompt and bool(pipe.config.get("force_zeros_for_empty_prompt", False))
+
+    def refuse_other_size(self, field: str) -> None:
+        """Raise UserError, naming `field`, for an `image_size` that the autoencoder, network or adapter cannot take."""
+        config, adapter = self.net.inner.config, getattr(self.pipe, "adapter", None)
+        patch = self.pipe.vae_scale_factor * config.get("patch_size", 1)
+        unit = math.lcm(patch, adapter.downscale_factor if adapter is not None else 1)
+        largest = patch * config.get("pos_embed_max_size", math.inf)
+        if self.image_size % unit or self.image_size > largest:
+            bound = "" if largest == math.inf else f" of at most {largest}"
+            raise UserError(f"--config.{field}={self.image_size}: this {type(self.pipe).__name__} makes images whose "
+                            f"sides are multiples of {unit}{bound}")
 
     def encoders_to(self, device: torch.device | str) -> None:
         """Move the text encoders, such as to the CPU once the texts are encoded; `encode` goes on to work there."""
