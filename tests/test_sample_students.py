@@ -81,7 +81,7 @@ def test_images_are_those_of_load_student(run, models, tmp_path, name):
     pipe.set_progress_bar_config(disable=True)
     options = {"clean_caption": False} if name == "pixart" else {}
     plain = drawn(pipe, num_inference_steps=4, guidance_scale=1.0, **options)
-    student = load_student(pipe, models / f"{name}_run/student")
+    student = load_student(pipe, models / f"{name}_run")
     assert abs(drawn(pipe, **options) - png(out)).max() <= 1  # a LoRA beside the weights rounds otherwise
     merge_lora(student.network)
     for seed in (0, 1):

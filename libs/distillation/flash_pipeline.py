@@ -20,7 +20,7 @@ from ..data.shards import ShardData
 from ..errors import UserError, choose
 from ..generate import Chain
 from ..pipelines.model import PipelineModel, load_pipeline_model
-from ..pipelines.student import save_student
+from ..pipelines.student import IN_WORKDIR, save_student
 from ..policies import Full
 from ..processes import Processes
 from ..random import Stream
@@ -29,7 +29,6 @@ from ..training import Batch, Batches, Run, choose_precision
 from .flash_stages import Stage
 from .flash_training import FlashSetup, FlashTrainer, refuse_other_weights
 
-STUDENT = "student"  # folder in WORKDIR
 CAPTIONED = ("webdataset", "captioned_folder")  # data sets that can teach a pipeline
 
 
@@ -109,7 +108,7 @@ class PipelineTrainer(FlashTrainer):
         super()._save()
 
     def _write_student(self) -> None:
-        folder, denoiser, net = self.run.workdir / STUDENT, self.chain.denoiser, self.ema.net
+        folder, denoiser, net = self.run.workdir / IN_WORKDIR, self.chain.denoiser, self.ema.net
         times = denoiser.time_input(self.chain.ts[:-1]).tolist()
         save_student(folder, net, times, base=self.config.pipeline.path, steps=self.config.distill.student_steps,
                      trained={"steps": self.step})

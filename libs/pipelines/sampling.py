@@ -28,7 +28,7 @@ from ..data.folder import list_images
 from ..data.images import image_grid
 from ..errors import UserError, choose
 from ..files import reason
-from ..hub import find_model, model_id, quiet
+from ..hub import model_id, quiet
 from ..image_folder import ImageFolder
 from ..policies import make_spec
 from ..prompts import prompts_id, prompts_of
@@ -139,13 +139,13 @@ def load_with_student(section: ConfigDict, chosen: Collection[str]) -> tuple[Any
     The section takes over the student's scheduler, steps and guidance, but for what is in `chosen`.
     """
     from ..lora import merge_lora
-    from .student import load_student  # peft takes seconds to import
+    from .student import load_student, student_folder  # peft takes seconds to import
 
     if "pipeline.scheduler" in chosen and section.scheduler != "own":
         raise UserError(f"pipeline.scheduler={section.scheduler!r}: a student samples by its own at the times that it "
                         "was trained at; leave the field out")
     section.scheduler = "own"
-    folder = _student_folder(section.student)
+    folder = student_folder(section.student, "pipeline.student")
     pipe, models = load_pipeline(section)
     student = load_student(pipe, folder, steps=1, other_base=section.other_base)  # each call says its steps
     if "pipeline.steps" not in chosen:
@@ -154,12 +154,6 @@ def load_with_student(section: ConfigDict, chosen: Collection[str]) -> tuple[Any
         section.guidance = student.call["guidance_scale"]
     merge_lora(student.network)
     return pipe, {**models, "student": folder}
-
-
-def _student_folder(name: str) -> Path:
-    """What distillate.py wrote into the WORKDIR `name`, or else the folder or hub id itself."""
-    written = Path(name).expanduser() / "student"
-    return written if written.is_dir() else find_model(name, "pipeline.student")
 
 
 def compare(sampler: PipelineSampler, seeds: Sequence[int], folder: ImageFolder,

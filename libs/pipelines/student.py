@@ -2,7 +2,7 @@
 
     from libs.pipelines import load_student
 
-    student = load_student(pipe, "outputs/sd15_flash")  # or "jasperai/flash-sd": weights, scheduler, times, guidance
+    student = load_student(pipe, "runs/flash_sd15")  # or "jasperai/flash-sd": weights, scheduler, times, guidance
     image = pipe("a photo of a cat").images[0]  # 4 steps, no guidance
     student.disable()  # the pipeline as it was
 
@@ -34,6 +34,7 @@ from ..weights import has_lora, refuse_other_tensors
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights reads
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what peft's from_pretrained reads
 CARD = "student.json"
+IN_WORKDIR = "student"  # the folder of a student in the WORKDIR of distillate.py
 NETWORKS = {"UNet2DConditionModel": "unet", "PixArtTransformer2DModel": "transformer",
             "SD3Transformer2DModel": "transformer"}  # served, by class: its name in the pipeline
 LORA_LOADERS = ("UNet2DConditionModel", "SD3Transformer2DModel")  # whose pipelines have `load_lora_weights`
@@ -186,9 +187,9 @@ def load_student(pipe: Any, folder: str | Path, steps: int = 0, other_base: bool
     """Make `pipe` sample with a student: its LoRA, a consistency sampler at the timesteps it was trained at, as many
     steps, and no guidance. `pipe(prompt)` does it all; steps and guidance may still be given in the call.
 
-    folder: of `save_student`, LoRA or whole network; with the LoRA of another training (`load_lora_weights`' file, or
-        peft's two), or a hub id such as jasperai/flash-sd. A student that does not say its timesteps was trained at
-        t = 1, 3/4, 1/2 and 1/4.
+    folder: of `save_student`, LoRA or whole network, or the WORKDIR of distillate.py; with the LoRA of another training
+        (`load_lora_weights`' file, or peft's two), or a hub id such as jasperai/flash-sd. A student that does not say
+        its timesteps was trained at t = 1, 3/4, 1/2 and 1/4.
     steps: 0 is as many as it was trained at.
     other_base: also for weights that the student was not trained on, such as a fine-tuned model of the same family.
     Offloading of the pipeline, if any, is set up after this.
@@ -197,7 +198,7 @@ def load_student(pipe: Any, folder: str | Path, steps: int = 0, other_base: bool
     """
     source = f"student={str(folder)!r}"
     network = _network_of(pipe)
-    path = find_model(str(folder), "student")
+    path = student_folder(str(folder), "student")
     card = _read_json(path / CARD, source) if (path / CARD).is_file() else {}
     folder = path / NETWORKS[type(network).__name__]
     whole = bool(card) and folder.is_dir()
@@ -214,6 +215,14 @@ def load_student(pipe: Any, folder: str | Path, steps: int = 0, other_base: bool
         return Student(pipe, *_exchange(pipe, network, folder, source), scheduler, call)
     attach_lora(network, tensors, alpha, source)
     return Student(pipe, network, functools.partial(remove_lora, network), scheduler, call)
+
+
+def student_folder(name: str, field: str) -> Path:
+    """What distillate.py wrote into the WORKDIR `name`, or else the folder or hub id itself. Raises UserError, naming
+    `field`, where there is neither.
+    """
+    written = Path(name).expanduser() / IN_WORKDIR
+    return written if written.is_dir() else find_model(name, field)
 
 
 def _exchange(pipe: Any, network: nn.Module, folder: Path, source: str) -> tuple[nn.Module, Callable[[], None]]:
