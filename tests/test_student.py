@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, LCMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, FlowMatchLCMScheduler, LCMScheduler
 from network_pipelines import PIPELINES
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -199,6 +199,40 @@ def test_guided_and_merged(built, student):
     assert not torch.allclose(draw(pipe, guidance_scale=5.0), image, atol=1e-3)
     merge_lora(pipe.unet)
     assert torch.allclose(draw(pipe), image, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "kind", "call"), [("sd15", LCMScheduler, {"timesteps": MODES}),
+                                                    ("sd3", FlowMatchLCMScheduler, {"sigmas": [1, 0.9, 0.75, 0.5]})])
+def test_diffusers_alone_loads_a_saved_pipeline(built, student, tmp_path, name, kind, call):
+    pipe = built(name)
+    loaded = load_student(pipe, student(name)[0])
+    with pytest.raises(UserError, match=r"^save_pretrained: .* has a LoRA in it; merge_lora\(pipe\.[a-z]*\)"):
+        pipe.save_pretrained(tmp_path)
+    merge_lora(loaded.network)
+    pipe.save_pretrained(tmp_path)
+    image = draw(pipe)  # by the student's scheduler, which is still there
+    theirs = type(built(name)).from_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", kind.__name__]
+    assert type(theirs.scheduler) is kind
+    theirs.scheduler.set_timesteps(**call)
+    assert theirs.scheduler.timesteps.tolist() == pytest.approx(loaded.timesteps)
+    if name == "sd3":
+        theirs.__class__ = type(pipe)  # hands the generator on
+        theirs.scheduler = type(pipe.scheduler).from_config(theirs.scheduler.config)
+    assert torch.allclose(draw(theirs, guidance_scale=0, **call), image, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_a_scheduler_made_of_anothers_config_has_the_same_times(built, student, tmp_path, name, caplog):
+    pipe = built(name)
+    loaded = load_student(pipe, student(name)[0])
+    kind = type(pipe.scheduler)
+    pipe.scheduler.save_pretrained(tmp_path)
+    for other in (kind.from_config(pipe.scheduler.config), kind.from_config(pipe.scheduler.plain().config),
+                  kind.from_pretrained(tmp_path), copy.deepcopy(pipe.scheduler)):
+        other.set_timesteps(4)
+        assert other.timesteps.tolist() == pytest.approx(loaded.timesteps)
+    assert not caplog.records
 
 
 def test_the_card_says_what_it_is(student):

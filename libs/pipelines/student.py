@@ -6,7 +6,9 @@
     image = pipe("a photo of a cat").images[0]  # 4 steps, no guidance
     student.disable()  # the pipeline as it was
 
-`merge_lora(pipe.unet)` (libs/lora.py) then makes it as fast as without a LoRA, for good.
+`merge_lora(pipe.unet)` (libs/lora.py) then makes it as fast as without a LoRA, for good. After that
+`pipe.save_pretrained(folder)` writes a pipeline for diffusers alone, to be called with
+`timesteps=[999, 749, 499, 249], guidance_scale=0`; Stable Diffusion 3 with `sigmas=[1.0, 0.9, 0.75, 0.5]`.
 """
 
 import functools
@@ -107,10 +109,29 @@ def pick(trained: Sequence[float], steps: int) -> list[float]:
     return [trained[i * len(trained) // steps] for i in range(steps)]
 
 
-class StudentLCMScheduler(LCMScheduler):
-    """`LCMScheduler` whose n timesteps are `pick(trained, n)`; its own 4 of 1000 are 999, 759, 499, 259."""
+class TrainedTimes:
+    """What a student's scheduler knows beyond the one of diffusers that it is made from.
 
-    trained: Sequence[int] = ()
+    trained   timesteps of its training, falling. They are in the config, under a name that is private there: diffusers
+              hands such fields on, to files and to schedulers of any class.
+    """
+
+    @property
+    def trained(self) -> Sequence[float]:
+        return self.config.get("_trained", ())
+
+    @trained.setter
+    def trained(self, timesteps: Sequence[float]) -> None:
+        self.register_to_config(_trained=list(timesteps))
+
+    def plain(self) -> Any:
+        """That one of diffusers, with the same config."""
+        kind = next(each for each in type(self).__mro__ if each.__module__.startswith("diffusers."))
+        return kind.from_config(self.config)
+
+
+class StudentLCMScheduler(TrainedTimes, LCMScheduler):
+    """`LCMScheduler` whose n timesteps are `pick(trained, n)`; its own 4 of 1000 are 999, 759, 499, 259."""
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
                       original_inference_steps: int | None = None, timesteps: list[int] | None = None,
@@ -121,12 +142,11 @@ class StudentLCMScheduler(LCMScheduler):
                               timesteps=timesteps, strength=strength)
 
 
-class StudentFlowMatchLCMScheduler(FlowMatchLCMScheduler):
+class StudentFlowMatchLCMScheduler(TrainedTimes, FlowMatchLCMScheduler):
     """`FlowMatchLCMScheduler` whose n timesteps are `pick(trained, n)`, and whose noise comes from `generator`, which
     Stable Diffusion 3's pipelines do not hand on.
     """
 
-    trained: Sequence[float] = ()
     generator: torch.Generator | list[torch.Generator] | None = None
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
@@ -169,7 +189,9 @@ class Student:
 
 
 def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
-    """The pipeline class `kind` with other default values of its call, under its own name."""
+    """The pipeline class `kind` with other default values of its call, under its own name. What it saves diffusers
+    loads without us: with the scheduler that the student's is made from.
+    """
     signature = inspect.signature(kind.__call__)
 
     @functools.wraps(kind.__call__)
@@ -180,7 +202,22 @@ def _with_defaults(kind: type, defaults: Mapping[str, Any]) -> type:
         missing = {name: value for name, value in defaults.items() if name not in given}
         return kind.__call__(self, *args, **missing, **kwargs)
 
-    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    @functools.wraps(kind.save_pretrained)
+    def save_pretrained(self, *args, **kwargs):
+        for part, each in self.components.items():
+            if isinstance(each, nn.Module) and has_lora(each):
+                raise UserError(f"save_pretrained: diffusers cannot load a {kind.__name__} whose {part} has a LoRA in "
+                                f"it; merge_lora(pipe.{part}) (libs/lora.py) first, or disable the student")
+        scheduler = self.scheduler
+        try:
+            if isinstance(scheduler, TrainedTimes):
+                self.scheduler = scheduler.plain()
+            return kind.save_pretrained(self, *args, **kwargs)
+        finally:
+            self.scheduler = scheduler
+
+    return type(kind.__name__, (kind,), {"__call__": call, "save_pretrained": save_pretrained,
+                                         "__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def load_student(pipe: Any, folder: str | Path, steps: int = 0, other_base: bool = False) -> Student:
