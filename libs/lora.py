@@ -5,10 +5,12 @@ bit for bit.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -77,36 +79,55 @@ def add_lora(net: nn.Module, rank: int, alpha: float = 0, targets: Sequence[str]
     return used
 
 
-def attach_lora(net: nn.Module, tensors: Mapping[str, Tensor], alpha: float, source: str) -> None:
+def attach_lora(net: nn.Module, tensors: Mapping[str, Tensor], alpha: float, source: str,
+                adapter: str = "default") -> None:
     """Give `net` the LoRA `tensors`, named as `lora_state` names them: its layers, rank and values, for inference.
 
-    alpha: 0 is the rank. Raises UserError, and leaves `net` as it was, for a LoRA of another network.
+    alpha: 0 is the rank. adapter: peft's name of it, beside others that `net` may have, which stay at work.
+    Raises UserError, and leaves `net` as it was, for a LoRA of another network, and beside one that is fused or off.
     """
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
     if len(ranks) != 1:
         raise UserError(f"{source}: a LoRA has one rank, this one has {sorted(ranks) or 'none'}")
-    rank, learned = ranks.pop(), [each for each in net.parameters() if each.requires_grad]
+    rank, others = ranks.pop(), _lora_layers(net)
     layers = sorted({name.rpartition(".lora_")[0] for name in tensors})
     if unknown := sorted({*layers} - _layers(net).keys()):
         raise UserError(f"{source} is a LoRA of another network: the {type(net).__name__} here has no layer "
                         f"{unknown[0]}")
+    if any(layer.merged or layer.disable_adapters for layer in others):  # a layer has one state for all that it has
+        raise UserError(f"{source}: this {type(net).__name__} has a LoRA that is fused or disabled; undo that, or "
+                        "unload it, first")
+    active = list(others[0].active_adapters) if others else []
+    with _unchanged_gradients(net), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        try:
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=layers), net, adapter,
+                                    state_dict=dict(tensors))
+            for layer in _lora_layers(net):
+                layer.set_adapter([*active, adapter])
+            load_lora(net, tensors, source, adapter)
+        except UserError:
+            remove_lora(net, adapter)
+            raise
+    for tensor in lora_state(dict(net.named_parameters()), adapter).values():
+        tensor.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _unchanged_gradients(net: nn.Module) -> Iterator[None]:
+    """What takes gradients in `net` does so afterwards too: peft changes it, which is no business of inference."""
+    held = [(each, each.requires_grad) for each in net.parameters()]
     try:
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=layers), net,
-                                state_dict=dict(tensors))
-        for layer in _lora_layers(net):
-            nn.ModuleList([layer.lora_A, layer.lora_B]).requires_grad_(False)
-        load_lora(net, tensors, source)
-    except UserError:
-        remove_lora(net)
-        raise
+        yield
     finally:
-        for each in learned:  # peft freezes them, which is no business of inference
-            each.requires_grad_(True)
+        for each, wanted in held:
+            each.requires_grad_(wanted)
 
 
 def _layers(net: nn.Module) -> dict[str, nn.Module]:
-    """What a LoRA can be added to."""
-    return {name: module for name, module in net.named_modules() if name and isinstance(module, nn.Linear | nn.Conv2d)}
+    """What a LoRA can be added to, by the names without one."""
+    return {name.removesuffix(".base_layer"): module for name, module in net.named_modules()
+            if name and ".lora_" not in name and isinstance(module, nn.Linear | nn.Conv2d)}
 
 
 def _ends(net: nn.Module) -> str:
@@ -135,13 +156,16 @@ class AdaptersOff:
             return self.net(*args, **kwargs)
 
 
-def lora_state(net: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+def lora_state(net: nn.Module | Mapping[str, Tensor], adapter: str = "") -> dict[str, Tensor]:
     """{name: tensor} of the LoRA alone, such as `mid_block.conv1.lora_A.weight`; the tensors are those of `net`, a
     network or its state dict.
+
+    adapter: peft's name of the one that is meant, where there are several.
     """
     state = net.state_dict() if isinstance(net, nn.Module) else net
+    inside = f".{adapter}." if adapter else ""
     return {re.sub(r"(\.lora_[AB])\.[^.]+\.", r"\1.", name): tensor for name, tensor in state.items()
-            if ".lora_" in name}
+            if ".lora_" in name and inside in name.partition(".lora_")[2]}
 
 
 def lora_config(net: nn.Module) -> LoraConfig:
@@ -152,9 +176,9 @@ def lora_config(net: nn.Module) -> LoraConfig:
     raise ValueError(f"this {type(net).__name__} has no LoRA")
 
 
-def load_lora(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def load_lora(net: nn.Module, tensors: Mapping[str, Tensor], source: str, adapter: str = "") -> None:
     """`lora_state` back into a network with a LoRA; strict, the first difference is named in one line."""
-    own = lora_state(net)
+    own = lora_state(net, adapter)
     refuse_other_tensors(own, tensors, f"{source} is a LoRA of another network, or of other layers or rank")
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
@@ -168,13 +192,22 @@ def merge_lora(net: nn.Module) -> nn.Module:
     return remove_lora(net)
 
 
-def remove_lora(net: nn.Module) -> nn.Module:
-    """`net` itself, without its LoRA."""
-    for name, layer in list(net.named_modules()):
-        if isinstance(layer, LoraLayer):
-            parent, _, own = name.rpartition(".")
-            setattr(net.get_submodule(parent), own, layer.get_base_layer())
-    vars(net).pop("peft_config", None)
+def remove_lora(net: nn.Module, adapter: str = "") -> nn.Module:
+    """`net` itself, without its LoRA; `adapter`: without the one of that name, the others as they are."""
+    with _unchanged_gradients(net):
+        for name, layer in list(net.named_modules()):
+            if not isinstance(layer, LoraLayer):
+                continue
+            if adapter:
+                layer.set_adapter([each for each in layer.active_adapters if each != adapter])
+                layer.delete_adapter(adapter)  # which would turn another one on in place of one that is active
+            if not adapter or not any(len(getattr(layer, each)) for each in layer.adapter_layer_names):
+                parent, _, own = name.rpartition(".")
+                setattr(net.get_submodule(parent), own, layer.get_base_layer())
+    held = vars(net).get("peft_config", {})
+    held.pop(adapter, None)
+    if not adapter or not held:
+        vars(net).pop("peft_config", None)
     return net
 
 

@@ -13,6 +13,7 @@ from small_shards import write_shards
 
 import distillate
 from libs.errors import UserError
+from libs.lora import add_lora
 from libs.pipelines import load_student
 from libs.training.state import Checkpoints
 
@@ -123,6 +124,9 @@ def test_a_whole_network_takes_the_place_of_the_pipelines_own(pipelines, shards,
         assert student.timesteps == [999, 749, 499, 249]
         assert pipe("picture 3", output_type="latent").images.isfinite().all()
     assert pipe.unet is own
+    add_lora(pipe.unet, 2)
+    with pytest.raises(UserError, match="takes the place of the whole unet, which has a LoRA: unload that first"):
+        load_student(pipe, tmp_path / "student")
 
     other = DiffusionPipeline.from_pretrained(pipelines("sdxl"))
     with pytest.raises(UserError, match="is a student of another model: .* is "):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from peft.tuners.lora import LoraLayer
 from small_pipeline import small_unet
 from tiny_pipelines import CROSS
 from torch import nn
@@ -204,6 +205,11 @@ def test_recomputed_gradients_are_those_of_the_forward_pass(kind):
                 torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
+def attached(net, held, alpha):
+    attach_lora(net, held, alpha, "file")
+    return net
+
+
 def test_a_lora_goes_from_one_network_to_another():
     source, target = trained(ddpm_unet), build(ddpm_unet)[0]
     held = {name: each.clone() for name, each in lora_state(source).items()}
@@ -234,6 +240,42 @@ def test_a_lora_of_another_network_is_refused_in_one_line(change):
     assert torch.equal(plain(*inputs()), before)
     assert not lora_state(plain)
     assert all(each.requires_grad for each in plain.parameters())
+
+
+def test_one_of_two_loras_comes_and_goes():
+    """The other stays as it is, in the layers that they share and in its own; so it does where the first is refused."""
+    net, held = trained(ddpm_unet), dict(lora_state(trained(ddpm_unet, targets=["conv1", "attention.qkv"], rank=2)))
+    net.requires_grad_(True)
+    before, gradients = net(*inputs()), [each.requires_grad for each in net.parameters()]
+    first = {name: each.clone() for name, each in lora_state(net).items()}
+    attach_lora(net, held, 4, "file", "student")
+    assert not any(each.requires_grad for name, each in net.named_parameters() if ".student." in name)
+    assert lora_state(net, "student").keys() == held.keys()
+    assert all(torch.equal(each, first[name]) for name, each in lora_state(net, "default").items())
+    both = net(*inputs())
+    merged = merge_lora(attached(merge_lora(trained(ddpm_unet)), held, 4))(*inputs())
+    torch.testing.assert_close(both, merged, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(both, before, atol=1e-3)
+
+    remove_lora(net, "student")
+    assert torch.equal(net(*inputs()), before)
+    assert [each.requires_grad for each in net.parameters()] == gradients
+    held["mid.0.attention.qkv.lora_B.weight"] = held["mid.0.attention.qkv.lora_B.weight"][:-1]
+    with pytest.raises(UserError, match="is a LoRA of another network"):
+        attach_lora(net, held, 0, "file", "student")
+    assert torch.equal(net(*inputs()), before)
+    assert list(net.peft_config) == ["default"]
+    assert not any(".student." in name for name in net.state_dict())
+
+
+@pytest.mark.parametrize("change", ["merge", "disable"])
+def test_beside_a_lora_that_is_not_at_work_none_is_attached(change):
+    net, held = trained(ddpm_unet), dict(lora_state(trained(ddpm_unet)))
+    for layer in net.modules():
+        if isinstance(layer, LoraLayer):
+            layer.merge() if change == "merge" else layer.enable_adapters(False)
+    with pytest.raises(UserError, match=r"^file: this DDPMUNet has a LoRA that is fused or disabled; undo that, or"):
+        attach_lora(net, held, 0, "file", "student")
 
 
 def test_targets_of_the_user():

@@ -162,7 +162,7 @@ def test_released_formats_load(built, tmp_path, name, form):
     layers = [key.rpartition(".lora_A")[0] for key in lora_state(part_of(pipe)) if ".lora_A" in key]
     for layer in layers:
         a, b = mine[layer], theirs[layer]
-        assert torch.equal(a.get_delta_weight("default"), b.get_delta_weight("default"))
+        assert torch.equal(a.get_delta_weight("student"), b.get_delta_weight("default"))
     assert len(layers) == len(lora_state(part_of(other))) / 2
 
 
@@ -199,6 +199,44 @@ def test_guided_and_merged(built, student):
     assert not torch.allclose(draw(pipe, guidance_scale=5.0), image, atol=1e-3)
     merge_lora(pipe.unet)
     assert torch.allclose(draw(pipe), image, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", ["style", "student"])
+def test_a_student_and_a_style(built, student, first):
+    """Each goes without the other, whichever came first."""
+    folder, _ = student("sd15")
+    pipe, call = built("sd15"), {"num_inference_steps": 2}
+
+    def load_style():
+        train_of_style = built("sd15")
+        train(train_of_style.unet, seed=3)
+        held = {f"unet.{name}": each.clone() for name, each in lora_state(train_of_style.unet).items()}
+        pipe.load_lora_weights(held, adapter_name="style")
+
+    plain, alone = draw(pipe, **call), built("sd15")
+    load_student(alone, folder)
+    if first == "style":
+        load_style()
+        styled = draw(pipe, **call)
+        loaded = load_student(pipe, folder)
+    else:
+        loaded = load_student(pipe, folder)
+        load_style()
+        pipe.set_adapters(["student", "style"])
+    both = draw(pipe)
+    assert set(pipe.get_active_adapters()) == {"student", "style"}
+    assert not torch.allclose(both, draw(alone), atol=1e-3)
+    pipe.set_adapters(["student"])
+    assert torch.equal(draw(pipe), draw(alone))
+    pipe.set_adapters(["style", "student"])
+    loaded.disable()
+    assert pipe.get_list_adapters() == {"unet": ["style"]}
+    if first == "student":
+        styled = draw(pipe, **call)
+    assert torch.equal(draw(pipe, **call), styled)
+    assert not torch.allclose(styled, plain, atol=1e-3)
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe, **call), plain)
 
 
 @pytest.mark.parametrize(("name", "kind", "call"), [("sd15", LCMScheduler, {"timesteps": MODES}),
@@ -309,7 +347,7 @@ def test_pipelines_that_cannot_say_which_can(built, student):
     refused(pipe, folder, "a DDIMPipeline is not supported", "UNet2DConditionModel", "PixArtTransformer2DModel")
     pipe = built("sd15")
     load_student(pipe, folder)
-    refused(pipe, folder, "has a LoRA already")
+    refused(pipe, folder, "has a LoRA named student already")
 
 
 def test_folders_that_hold_no_student(built, student, tmp_path):

@@ -36,6 +36,7 @@ from ..weights import has_lora, refuse_other_tensors
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights reads
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what peft's from_pretrained reads
 CARD = "student.json"
+ADAPTER = "student"  # the LoRA's name in a pipeline, beside others that it may have
 IN_WORKDIR = "student"  # the folder of a student in the WORKDIR of distillate.py
 NETWORKS = {"UNet2DConditionModel": "unet", "PixArtTransformer2DModel": "transformer",
             "SD3Transformer2DModel": "transformer"}  # served, by class: its name in the pipeline
@@ -229,7 +230,8 @@ def load_student(pipe: Any, folder: str | Path, steps: int = 0, other_base: bool
         its timesteps was trained at t = 1, 3/4, 1/2 and 1/4.
     steps: 0 is as many as it was trained at.
     other_base: also for weights that the student was not trained on, such as a fine-tuned model of the same family.
-    Offloading of the pipeline, if any, is set up after this.
+    A LoRA of the pipeline stays at work beside the student's; one that is loaded later takes its place until both are
+    named: pipe.set_adapters(["student", "style"]). Offloading of the pipeline, if any, is set up after this.
     Raises UserError, with the pipeline as it was, for a pipeline that it cannot serve, a folder without a LoRA, a LoRA
     of another model, and more steps than there are trained timesteps.
     """
@@ -239,6 +241,8 @@ def load_student(pipe: Any, folder: str | Path, steps: int = 0, other_base: bool
     card = _read_json(path / CARD, source) if (path / CARD).is_file() else {}
     folder = path / NETWORKS[type(network).__name__]
     whole = bool(card) and folder.is_dir()
+    if whole and has_lora(network):
+        raise UserError(f"{source} takes the place of the whole {folder.name}, which has a LoRA: unload that first")
     tensors, alpha = ({}, 0.0) if whole else _read_lora(path, source)
     held = card.get("base_fingerprint")
     if held is not None and not other_base and not same_weights(held, fingerprint(network)):
@@ -250,8 +254,8 @@ def load_student(pipe: Any, folder: str | Path, steps: int = 0, other_base: bool
     pick(scheduler.trained, steps)  # refused before the weights change
     if whole:
         return Student(pipe, *_exchange(pipe, network, folder, source), scheduler, call)
-    attach_lora(network, tensors, alpha, source)
-    return Student(pipe, network, functools.partial(remove_lora, network), scheduler, call)
+    attach_lora(network, tensors, alpha, source, ADAPTER)
+    return Student(pipe, network, functools.partial(remove_lora, network, ADAPTER), scheduler, call)
 
 
 def student_folder(name: str, field: str) -> Path:
@@ -278,9 +282,9 @@ def _network_of(pipe: Any) -> nn.Module:
     for kind, part in NETWORKS.items():
         network = getattr(pipe, part, None)
         if type(network).__name__ == kind:
-            if has_lora(network):
-                raise UserError(f"the {part} of this {type(pipe).__name__} has a LoRA already: disable that student, "
-                                "or unload the LoRA, first")
+            if ADAPTER in getattr(network, "peft_config", {}):
+                raise UserError(f"the {part} of this {type(pipe).__name__} has a LoRA named {ADAPTER} already: disable "
+                                "that student, or unload the LoRA, first")
             return network
     raise UserError(f"a {type(pipe).__name__} is not supported: students are served in pipelines of Stable Diffusion "
                     "1, 2, XL and 3, and of PixArt, whose network is one of "
