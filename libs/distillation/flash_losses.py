@@ -35,7 +35,8 @@ def lpips_distance(pixels: Callable[[Tensor], Tensor]) -> Distance:
     try:
         from lpips import LPIPS
     except ImportError as error:
-        raise UserError(f"{field} needs the package lpips (pip install lpips); or choose from l2, l1") from error
+        raise UserError(f"{field} needs the package lpips (pip install -r requirements-lpips.txt); or choose from l2, "
+                        "l1") from error
     try:
         net = LPIPS(net="vgg", verbose=False)
     except (OSError, RuntimeError) as error:
