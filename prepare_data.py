@@ -263,7 +263,7 @@ def webdataset(config, flags) -> None:
         list_images(folder, "--images")  # before a folder is made
     else:
         source = [TarShard(address, cache) for address in list_shards(flags.images, "--images")]
-    filters = [at_least(flags.score_key, flags.min_score)] if flags.min_score else []
+    filters = [at_least(flags.score_key, flags.min_score, "--min_score")] if flags.min_score else []
     written = write_shards(source, cli.output_dir(flags.out), int(flags.shard_mb * 1e6), flags.shard_images, filters,
                            flags.caption_key)
     print(f"{flags.out}: {written.samples:,} images in {written.shards:,} shards, {written.bytes / 1e6:.1f} MB")

@@ -86,8 +86,8 @@ def test_addresses(tmp_path):
 
 @pytest.mark.parametrize(("path", "fragment"), [
     ("", "data.path is empty"), ("{}/03.tar", "03.tar is not there"), ("{}/x*.tar", "nothing matches"),
-    ("{}/00.tar;{}/*.tar", "00.tar 2 times"), ("{}/none", "none is not there"), ("{}/list.txt", "list.txt"),
-    ("{}/empty", "empty holds no *.tar")])
+    ("{}/00.tar;{}/*.tar", "00.tar 2 times"), ("{}/00.tar;{}/empty/../00.tar", "00.tar 2 times"),
+    ("{}/none", "none is not there"), ("{}/list.txt", "list.txt"), ("{}/empty", "empty holds no *.tar")])
 def test_bad_addresses(tmp_path, path, fragment):
     write_shards(tmp_path, [1, 1])
     (tmp_path / "empty").mkdir()
@@ -225,6 +225,8 @@ def test_filters_of_files(tmp_path):
         data.fields(torch.tensor([1]), "depth")
     with pytest.raises(UserError, match="no sample can be used; no depth: 6"):
         open_shards([shard], 8, filters=[present("png", "depth"), at_least("a", 1)])
+    with pytest.raises(UserError, match="^data.min_score=nan must be a number$"):
+        load(shard.address, min_score=float("nan"))
 
 
 def test_maps(tmp_path):

@@ -7,6 +7,7 @@ every other file of it as bytes under its extension. What makes them raises User
     open_shards(shards, filters=[present("json"), at_least("aesthetic_score", 6)], maps=[crop(1024), canny()], ...)
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,8 +37,14 @@ def present(*extensions: str) -> Filter:
     return why
 
 
-def at_least(name: str, lowest: float) -> Filter:
-    """Keep samples whose number `name` is `lowest` or more. One without that number is left out, and told apart."""
+def at_least(name: str, lowest: float, field: str = "data.min_score") -> Filter:
+    """Keep samples whose number `name` is `lowest` or more. One without that number is left out, and told apart.
+
+    field: that the UserError names where `lowest` is not a number, which would keep everything.
+    """
+    if math.isnan(lowest):
+        raise UserError(f"{field}={lowest} must be a number")
+
     def why(sample: Sample) -> str | None:
         if name not in sample.numbers:
             return f"no {name}"

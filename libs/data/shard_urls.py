@@ -9,6 +9,7 @@
 """
 
 import glob
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -33,9 +34,10 @@ def list_shards(text: str, field: str = "data.path") -> list[str]:
     if not text.strip():
         raise UserError(f"{field} is empty; it must name shards, as in data/{{0000..0123}}.tar")
     addresses = [address for part in _parts(text, field) for address in _expanded(part, field)]
-    address, times = Counter(addresses).most_common(1)[0]
+    places = [address if is_remote(address) else os.path.realpath(address) for address in addresses]
+    place, times = Counter(places).most_common(1)[0]
     if times > 1:
-        raise UserError(f"{field} names {address} {times} times; its samples would be repeated")
+        raise UserError(f"{field} names {addresses[places.index(place)]} {times} times; its samples would be repeated")
     return addresses
 
 
