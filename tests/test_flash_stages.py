@@ -75,6 +75,7 @@ def test_uniform_starts():
     ("adversarial_scale", "nan", "want numbers, parted by commas"),
     ("dmd_scale", "-1", "must not be negative"),
     ("guidance", "13,3", "want the lowest and the highest scale, or one number"),
+    ("guidance", "-1,3", "must not be negative"),
     ("guidance", "1,2,3", "want the lowest and the highest scale, or one number"),
     ("mode_weights", "0,0,0,0", "the weights of a stage must not be negative, nor all 0"),
     ("mode_weights", "1,1; 1,1; 1,1; 1,1,1,1", "every stage needs a weight for the same modes"),

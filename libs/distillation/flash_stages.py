@@ -93,6 +93,8 @@ def _guidance(section: Mapping, count: int) -> list[tuple[float, float]]:
     rows = _rows(section, "guidance", count)
     if any(len(row) > 2 or row[0] > row[-1] for row in rows):
         raise _refusal(section, "guidance", "want the lowest and the highest scale, or one number")
+    if any(row[0] < 0 for row in rows):
+        raise _refusal(section, "guidance", "must not be negative")
     return [(row[0], row[-1]) for row in rows]
 
 
