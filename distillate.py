@@ -4,6 +4,7 @@
         --config.distill.end_steps=2 --workdir=runs/students
     python distillate.py --config=configs/digits_uvit.py:progressive --checkpoint=runs/digits --workdir=runs/digits_8
     python distillate.py --config=configs/cifar10_unet.py:flash --workdir=runs/flash
+    python distillate.py --config=configs/sd15.py:flash --config.data.path=data/shards --workdir=runs/flash_sd15
     python distillate.py --config=configs/cifar10_unet.py:dpm_solver_pp,clockwork_adaptor --config.sampler.steps=8 \\
         --workdir=runs/adaptor
     python distillate.py --config=configs/sd15.py:clockwork_adaptor --config.pipeline.scheduler=dpm_solver_pp \\
@@ -15,7 +16,9 @@ such as steps_0512; sample.py --checkpoint=WORKDIR takes the last one, --checkpo
 each brings its number of steps along.
 
 flash: a student of a few steps learns a teacher's solutions from its noise at once, with the teacher's score and
-features; --config.distill.lora_rank=64 trains a LoRA. WORKDIR is a training folder; sample.py --checkpoint=WORKDIR.
+features; --config.distill.lora_rank=64 trains a LoRA. WORKDIR is a training folder; sample.py --checkpoint=WORKDIR. Of
+a pipeline, which learns from the captioned pictures of config.data, WORKDIR/student is the student as load_student
+(libs/pipelines), diffusers and peft read it.
 
 clockwork_adaptor: the model stays as it is, and an adaptor learns from its trajectories, without images. WORKDIR gets
 adaptor.safetensors, which --config.policy.adaptor names with :clockwork, the sampler, and its steps.
