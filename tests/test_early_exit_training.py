@@ -170,6 +170,16 @@ def test_mistakes(run_main, tmp_path, flags, problem):
     assert not list(tmp_path.glob("run/*"))
 
 
+def test_a_ratio_out_of_reach_of_a_previews_heads_ends_no_training(tmp_path, caplog):
+    """Heads that have hardly learnt may not reach what they will."""
+    fit(tmp_path, "--config.train.preview_every=2", "--config.policy.target_layer_ratio=0.01",
+        "--config.policy.calibration_images=2")
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    for step, line in zip((2, 4, 5), told, strict=True):
+        assert line.startswith(f"step {step}: no preview (policy.target_layer_ratio=0.01: no threshold reaches it; ")
+    assert not list(tmp_path.glob("previews/*"))
+
+
 def test_other_trainings_leave_the_heads_out(tmp_path, trained, plain):
     """On several processes parameters without a gradient would stop them, and weight decay would eat them."""
     saved = fit(tmp_path, f"--checkpoint={trained}", method="")

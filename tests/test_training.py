@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from libs.errors import UserError
 from libs.lora import AdaptersOff, add_lora
 from libs.processes import Processes
 from libs.training import Batches, Run, Trainer, diffusion_loss, load_training_data, new_network, validate
+from libs.training import quality as training_quality
 from libs.training.loop import StopSignals
 from libs.training.report import Report
 from libs.training.setup import choose_precision, start_network
@@ -353,6 +355,37 @@ def test_best_average_is_kept(tmp_path, monkeypatch):
     assert description["trained"]["steps"] == 4
     assert trainer.run.checkpoints.steps() == [6]
     assert trainer.run.checkpoints.load(6).state["best"] == 1.0
+
+
+def test_a_measurement_that_cannot_be_made_ends_no_training(tmp_path, caplog):
+    class Quality:
+        def measure(self):
+            raise UserError("no such images")
+
+    trainer, data = tiny_trainer(tiny_config(save_every=100), tmp_path)
+    trainer.section, trainer.quality = tiny_config(save_every=100, eval_every=4).train, Quality()
+    assert trainer.train(data, time.monotonic()) == 0
+    assert trainer.net.training
+    assert trainer.run.checkpoints.steps() == [6]
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [f"step {step}: no measurement (no such images); the training goes on" for step in (4, 6)]
+
+
+def test_what_is_not_finite_ends_a_training_at_a_measurement(tmp_path):
+    trainer, data = tiny_trainer(tiny_config(), tmp_path)
+    trainer.section, trainer.quality = tiny_config(log_every=100, save_every=100, eval_every=4).train, object()
+    trainer.failed_step.fill_(3)
+    with pytest.raises(UserError, match="the loss is not finite at step 3; nothing was saved"):
+        trainer.train(data, time.monotonic())
+
+
+def test_processes_fail_together_at_a_measurement(monkeypatch):
+    """One that went on alone would be waited for for ever."""
+    monkeypatch.setattr(training_quality, "score_seeds", lambda *args, **options: None)
+    processes, chain = Processes(CPU), SimpleNamespace(num_classes=0, rows=2)
+    monkeypatch.setattr(processes, "agree", lambda failed: 1)
+    with pytest.raises(UserError, match="another process cannot make its images"):
+        training_quality.score(object(), chain, [0, 1], processes)
 
 
 def test_missing_reference_is_told_before_the_first_step(tmp_path):

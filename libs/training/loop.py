@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -190,13 +190,22 @@ class Trainer:
         last = self.step == self.section.steps
         if self._due("log_every") or last or stop:
             self._log()
-        if stop != INTERRUPTED:
-            if self.quality is not None and (self._due("eval_every") or last):
-                self._measure()
-            if self._due("preview_every") or (last and self.section.preview_every):
-                self._preview()
+        if stop != INTERRUPTED and self.quality is not None and (self._due("eval_every") or last):
+            self._refuse_failure()
+            self._try("measurement", self._measure)
         if self._due("save_every") or last or stop:
-            self._save()
+            self._save()  # with the best that was measured
+        if stop != INTERRUPTED and (self._due("preview_every") or (last and self.section.preview_every)):
+            self._try("preview", self._preview)
+
+    def _try(self, name: str, show: Callable[[], None]) -> None:
+        """What these weights cannot show, such as images by a layer ratio out of their heads' reach, later ones may: it
+        is no reason to end a training.
+        """
+        try:
+            show()
+        except UserError as error:
+            logging.warning("step %d: no %s (%s); the training goes on", self.step, name, error)
 
     def _due(self, interval: str) -> bool:
         every = self.section[interval]
@@ -222,7 +231,6 @@ class Trainer:
                      rate, norm)
 
     def _measure(self) -> None:
-        self._refuse_failure()
         with self._sampling():
             values = self.quality.measure()
             if not self.processes.is_main:
@@ -271,9 +279,11 @@ class Trainer:
         """What is done inside does not count in images/s, and may use the network as it samples."""
         before = time.perf_counter()
         self.net.eval()
-        yield
-        self._learn()
-        self.window += time.perf_counter() - before
+        try:
+            yield
+        finally:
+            self._learn()
+            self.window += time.perf_counter() - before
 
     @contextlib.contextmanager
     def _sampling(self) -> Iterator[None]:

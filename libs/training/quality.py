@@ -5,6 +5,7 @@ import copy
 import torch
 from ml_collections import ConfigDict
 
+from ..errors import UserError
 from ..evaluation import Metrics, Request, score_seeds
 from ..generate import Chain
 from ..processes import Processes
@@ -38,11 +39,19 @@ class Quality:
 def score(fresh: Metrics, chain: Chain, seeds: list[int], processes: Processes) -> dict[str, dict]:
     """What `fresh` metrics, which stay as they are, measure on images of these seeds, labels in turn; the processes
     share the seeds, and all but the main one get {}.
+
+    Raises UserError on all of them where one cannot make its images.
     """
     metrics = copy.deepcopy(fresh)  # they add up; the next measurement starts from nothing
     labels = parse_labels(None, seeds, chain.num_classes)
     label_of = dict(zip(seeds, labels, strict=True)) if labels else None
-    score_seeds(metrics, chain, processes.share(seeds, chain.rows), label_of, bar=processes.is_main)
+    failed = None
+    try:
+        score_seeds(metrics, chain, processes.share(seeds, chain.rows), label_of, bar=processes.is_main)
+    except UserError as error:
+        failed = error
+    if processes.agree(failed is not None):  # for the others would wait for this one
+        raise failed or UserError("another process cannot make its images")
     return metrics.compute(processes)
 
 
