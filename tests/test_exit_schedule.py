@@ -135,17 +135,38 @@ def test_a_schedule_meets_a_target_ratio_by_its_own_depths():
     assert told["layer_ratio"] == pytest.approx(sum(depths) / 50)
 
 
-def test_bisection_ends_near_the_target():
+def test_bisection_ends_near_the_target(caplog):
     tried = []
 
     def ratio_at(threshold: float) -> float:
         tried.append(threshold)
         return 0.1 + 0.9 * threshold**8
 
-    threshold = find_threshold(ratio_at, 0.55)
-    assert abs(0.1 + 0.9 * threshold**8 - 0.55) <= 0.01
+    threshold, ratio = find_threshold(ratio_at, 0.55)
+    assert ratio == 0.1 + 0.9 * threshold**8
+    assert abs(ratio - 0.55) <= 0.01
     assert len(tried) <= 13
-    assert find_threshold(lambda threshold: 1 / 0, 1.0) == 1.0
+    assert find_threshold(lambda threshold: 1 / 0, 1.0) == (1.0, 1.0)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_target_that_is_only_nearly_reached_is_told(caplog):
+    """Ratios jump where many images leave together."""
+    threshold, ratio = find_threshold(lambda threshold: 0.5 if threshold < 0.7 else 0.6, 0.56)
+    assert threshold >= 0.7
+    assert ratio == 0.6
+    [told] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == "policy.target_layer_ratio=0.56: the nearest that a threshold reaches is 0.600"
+
+
+def test_the_log_names_the_ratio_that_was_reached(caplog):
+    policy = chain(policy__target_layer_ratio=0.6).policy
+    with caplog.at_level("INFO", logger="absl"):
+        policy.ready()
+    reached = policy._ratio(policy._exits_at(policy.threshold))
+    assert f"{reached:.3f}" != "0.600"
+    assert caplog.messages[-1] == (f"early exit: threshold {policy.threshold:.5f} for a layer ratio of {reached:.3f}, "
+                                   "0.6 was asked for")
 
 
 def test_changed_weights_are_calibrated_anew():

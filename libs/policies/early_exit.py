@@ -160,8 +160,9 @@ class EarlyExitPolicy(Full):
     def _calibrate(self) -> None:
         """Find the threshold of the target ratio."""
         wanted = self.settings.target_layer_ratio
-        self.threshold = find_threshold(lambda threshold: self._ratio(self._exits_at(threshold)), wanted)
-        logging.info("early exit: threshold %.5f for a layer ratio of %g", self.threshold, wanted)
+        self.threshold, ratio = find_threshold(lambda threshold: self._ratio(self._exits_at(threshold)), wanted)
+        logging.info("early exit: threshold %.5f for a layer ratio of %.3f, %g was asked for", self.threshold, ratio,
+                     wanted)
 
     def _calibrates(self) -> bool:
         return bool(self.settings.target_layer_ratio)

@@ -36,11 +36,11 @@ def calibration_exits(chain: Any, policy: Full, count: int) -> Tensor:
     return torch.cat(exits, dim=1)
 
 
-def find_threshold(ratio_at: Callable[[float], float], target: float) -> float:
-    """The threshold at which the layer ratio is `target`, by bisection: `ratio_at(threshold)` does not fall.
+def find_threshold(ratio_at: Callable[[float], float], target: float) -> tuple[float, float]:
+    """(threshold, the layer ratio there): `target` by bisection, where `ratio_at(threshold)` does not fall.
 
-    Ends within 0.01 of the target, or else after 12 steps at the nearest there is. Raises UserError for a ratio that
-    no threshold reaches, with those that can be.
+    Ends within 0.01 of the target, or else after 12 steps at the nearest there is, with a warning. Raises UserError
+    where that is farther than 0.05, with the ratios that can be.
     """
     def miss(threshold: float) -> float:
         return abs(ratios[threshold] - target)
@@ -61,7 +61,10 @@ def find_threshold(ratio_at: Callable[[float], float], target: float) -> float:
         above = min(ratio for ratio in ratios.values() if ratio > target)
         raise UserError(f"policy.target_layer_ratio={target}: no threshold reaches it; the nearest that can be are "
                         f"{below:.3f} and {above:.3f}, between {lowest:.3f} (threshold near 0) and 1 (threshold 1)")
-    return best
+    if miss(best) > TOLERANCE:
+        logging.warning("policy.target_layer_ratio=%g: the nearest that a threshold reaches is %.3f", target,
+                        ratios[best])
+    return best, ratios[best]
 
 
 def depth_quantiles(exits: Tensor, quantile: float) -> tuple[int, ...]:
