@@ -61,7 +61,7 @@ def define_flags(fv) -> None:
 
 
 def open_chain(config, flags, device):
-    """(chain, its fingerprint, what the summary says of it, what its policy ran)."""
+    """(chain, its fingerprint, what the summary says of it, what its policy ran, and likewise in all processes)."""
     for flag in ("control_image", "compare"):
         if getattr(flags, flag):
             raise UserError(f"--{flag}={getattr(flags, flag)} belongs to a pipeline, such as configs/sd15.py")
@@ -74,7 +74,7 @@ def open_chain(config, flags, device):
     if chain.shown is not None:
         about |= {name: given for name, given in (("images_folder", flags.images), ("prompts", flags.prompts)) if given}
         made_by |= chain.shown.fingerprint
-    return chain, made_by, about, chain.policy.stats
+    return chain, made_by, about, chain.policy.stats, chain.policy.report
 
 
 def open_pipeline(config, flags, device):
@@ -96,7 +96,7 @@ def open_pipeline(config, flags, device):
     sampler = PipelineSampler(config, read_prompts(flags.prompts), device, flags.control_image, flags.chosen)
     about = {"model": Path(config.pipeline.path).name, "student": config.pipeline.student,
              "sampler": config.pipeline.scheduler, "prompts": flags.prompts, "method": config.policy.to_dict()}
-    return sampler, sampler.fingerprint, about, sampler.stats
+    return sampler, sampler.fingerprint, about, sampler.stats, lambda processes: {}
 
 
 def sample(config, flags) -> None:
@@ -109,7 +109,7 @@ def sample(config, flags) -> None:
     out = cli.output_dir(f"{flags.out}.parts" if as_npz else flags.out)
     processes = Processes(cli.choose_device(config.compute.device))
     open_source = open_pipeline if "pipeline" in config else open_chain
-    source, made_by, about, stats = open_source(config, flags, processes.device)
+    source, made_by, about, stats, report = open_source(config, flags, processes.device)
     labels = parse_labels(flags.labels, seeds, source.num_classes)
     captured = capture_indices(source, flags.captures) if flags.captures else []
     folder = ImageFolder(out, made_by)
@@ -120,14 +120,15 @@ def sample(config, flags) -> None:
         for batch, images in source.images(own, own_labels, flags.batch_size or None):
             folder.save(batch, images)
             progress.update(len(batch))
-    seconds = progress.format_dict["elapsed"]
+    seconds = max(processes.gather(progress.format_dict["elapsed"]))
     made = sum(processes.gather(len(own)))  # by now all images are there
+    ran = add_up(processes.gather(stats()), report(processes))
     if processes.is_main:
-        if own:
-            summary = {**about, "nfe": source.nfe, "cfg_scale": source.cfg_scale, "stats": stats(),
+        if made:
+            summary = {**about, "nfe": source.nfe, "cfg_scale": source.cfg_scale, "stats": ran,
                        "images": made, "processes": processes.count, "seconds_per_image": seconds / made}
             if flags.cost:
-                summary["gmacs_per_image"] = gmacs_per_image(source, own[:1], labels and own_labels[:1])
+                summary["gmacs_per_image"] = gmacs_per_image(source, seeds[:1], labels and labels[:1])
             write_json(Path(flags.out).with_suffix(".json") if as_npz else out / "summary.json", summary)
         if captured:
             rows = captures(source, seeds[:COLUMNS], labels and labels[:COLUMNS], captured)
@@ -147,6 +148,15 @@ def sample(config, flags) -> None:
             save_png(out / "grid.png", image_grid(images, columns, upscale=max(1, 32 // images.shape[1])))
         logging.info("%d images of %d evaluations each: %s", len(seeds), source.nfe, flags.out)
     processes.close()
+
+
+def add_up(parts: list[dict], told: dict) -> dict:
+    """The `stats` of a policy in all processes: counts add up, what is `told` of all their images stands as it is.
+
+    >>> add_up([{"calls": 2, "layer_ratio": 0.5}, {"calls": 1, "layer_ratio": None}], {"layer_ratio": 0.5})
+    {'calls': 3, 'layer_ratio': 0.5}
+    """
+    return {name: told[name] if name in told else sum(part[name] for part in parts) for name in parts[0]}
 
 
 def compare_with_plain(sampler, seeds: list[int], folder: ImageFolder, repeats: int) -> None:

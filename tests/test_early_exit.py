@@ -7,6 +7,7 @@ import pytest
 import torch
 from exit_networks import digits_checkpoint, inputs, mix_exits, tiny
 from torch import nn
+from two_processes import run_in_two
 
 import eval as eval_script
 import sample
@@ -210,6 +211,20 @@ def test_sample_says_what_ran_and_resumes(checkpoint, tmp_path, run_main):
     ran = run_main(sample.main, *command, "--config.policy.threshold=0.4")
     assert ran.status == 2
     assert "policy.threshold is 0.5 there and 0.4 here" in ran.stderr
+
+
+def test_the_summary_is_of_the_images_of_all_processes(checkpoint, tmp_path, run_main):
+    """Where the main one has none to make too."""
+    command = [DIGITS, f"--checkpoint={checkpoint}", "--config.compute.rows=2", "--config.compute.device=cpu",
+               "--config.sampler.steps=3", "--config.policy.threshold=0.5"]
+    for name in ("one", "two"):
+        assert run_main(sample.main, *command, "--seeds=0-1", f"--out={tmp_path / name}").status == 0
+    assert run_main(sample.main, *command, "--seeds=0-3", f"--out={tmp_path / 'one'}").status == 0
+    run_in_two(sample.main, [*command, "--seeds=0-3", f"--out={tmp_path / 'two'}"])  # seeds 0 and 1 are the first's
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    assert (two["processes"], two["images"]) == (2, 2)
+    assert two["stats"] == one["stats"]
+    assert two["stats"]["layer_ratio"] < 1
 
 
 @pytest.mark.parametrize(("argument", "message"), [

@@ -120,7 +120,9 @@ def test_two_processes(config, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
               "--main_process_port=0"]
     subprocess.run([*launch, *command, f"--out={two}"], check=True, cwd=config_files.ROOT, env=environment)
-    assert json.loads((two / "summary.json").read_text())["processes"] == 2
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (one, two)]
+    assert [summary["processes"] for summary in summaries] == [1, 2]
+    assert [summary["stats"] for summary in summaries] == [{"calls": 9, "rows": 36}] * 2  # three groups of three steps
     for seed in range(9):
         assert np.abs(png(one, seed).astype(int) - png(two, seed)).max() <= 1
 
