@@ -190,7 +190,8 @@ def test_other_times_than_the_chains_get_the_nearest_depths():
 @pytest.mark.parametrize(("text", "message"), [
     ("6", "6 layers; this network has 1 to 5"), ("0x6", "0 layers; this network has 1 to 5"),
     ("3x2,5", "is no schedule; write a number"), ("3x2;", "no such file; write a number"),
-    ("120%", "6 layers; this network has 1 to 5"),
+    ("120%", "6 layers; this network has 1 to 5"), ("0%", "0 layers; this network has 1 to 5"),
+    ("0%x50%,100%x50%", "0 layers; this network has 1 to 5"),
     ("3x50%,5x40%", "shares of the calls must be all in % and make 100%"),
     ("3x50%,5x3", "shares of the calls must be all in %"), ("3x%", "is no schedule; write"),
     ("-1", "is no schedule; write"), ("nowhere.json", "no such file"),

@@ -70,8 +70,10 @@ def depths_of(text: str, layers: int, times: Tensor | None = None) -> tuple[int,
 
 
 def _layers(number: str, layers: int) -> int:
-    """A number of layers, or a share of them, which is at least one."""
-    return max(1, _share(number, layers)) if number.endswith("%") else int(number)
+    """A number of layers, or a share of them, which above 0% is at least one."""
+    if not number.endswith("%"):
+        return int(number)
+    return max(1, _share(number, layers)) if int(number[:-1]) else 0
 
 
 def _calls(text: str, numbers: Sequence[str], total: int) -> list[int]:
