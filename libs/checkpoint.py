@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RELEASED = ROOT / "assets" / "checkpoints"
 FORMAT = "diffusion-shortcuts-1"
 CONSTANTS = ("inv_freq",)  # frequencies, multiplied by times up to 1000: half precision would turn their phases
+WRAPPER = "module."  # before every name of a network that was saved inside DistributedDataParallel
 STAGES = "stages.json"  # in the folder of a distillation in stages
 
 
@@ -214,6 +215,17 @@ def infer_ddpm_unet(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return section
 
 
+def unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A state dict without DistributedDataParallel's `module.`, where every name begins so.
+
+    >>> [*unwrapped({"module.a": 1, "module.b": 2})], [*unwrapped({"module.a": 1, "b": 2})]
+    (['a', 'b'], ['module.a', 'b'])
+    """
+    if not all(name.startswith(WRAPPER) for name in tensors):
+        return tensors
+    return {name.removeprefix(WRAPPER): each for name, each in tensors.items()}
+
+
 def infer_backbone(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The `backbone` section of a state dict that comes without one."""
     return infer_ddpm_unet(tensors) if "time.0.inv_freq" in tensors else infer_uvit(tensors)
@@ -275,7 +287,7 @@ def load_learned(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> 
 
 def load_backbone(path: str | Path, backbone: Mapping | None = None) -> nn.Module:
     """A network in eval mode from our safetensors, a U-ViT `.pth`, diffusion_distiller's `checkpoint.pt`, or a
-    diffusers folder of a UNet2DModel.
+    diffusers folder of a UNet2DModel. Names may be those of a network inside DistributedDataParallel.
 
     backbone: a `backbone` section to check against, or to use where the file does not describe itself.
     """
@@ -296,7 +308,7 @@ def load_described(path: str | Path, backbone: Mapping | None = None) -> tuple[n
     own_model = backbone is not None and backbone["name"] == "factory"
     held = description.get("backbone")
     if held is None:
-        section = _foreign_section(tensors, description, backbone)
+        section = _foreign_section(unwrapped(tensors), description, backbone)
     else:
         if held["name"] == "factory" and not own_model:
             raise UserError(f"checkpoint {path} holds a model of the user's own ({held.get('factory')}), and weights "
@@ -305,6 +317,8 @@ def load_described(path: str | Path, backbone: Mapping | None = None) -> tuple[n
             _same_architecture(path, held, backbone)
         section = backbone if own_model else held
     net = build_backbone(section)
+    if held is None and tensors.keys() != net.state_dict().keys():  # a user's own model may have a `module`
+        tensors = unwrapped(tensors)
     load_weights(net, tensors, str(path))
     if description:
         description = description | {"backbone": dict(section)}

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from libs import build
 from libs import config as config_files
@@ -48,6 +49,19 @@ def test_uvit_pth(tmp_path):
     """A published file: a bare state dict, no word of the architecture."""
     torch.save(tiny().state_dict(), tmp_path / "uvit.pth")
     assert same_function(load_backbone(tmp_path / "uvit.pth"), tiny())
+
+
+def wrapped(net):
+    return nn.ModuleDict({"module": net}).state_dict()  # the names that DistributedDataParallel gives
+
+
+@pytest.mark.parametrize("section", [None, TINY])
+def test_pth_of_a_network_inside_distributed_data_parallel(tmp_path, section):
+    torch.save(wrapped(tiny()), tmp_path / "uvit.pth")
+    assert same_function(load_backbone(tmp_path / "uvit.pth", section), tiny())
+    torch.save(wrapped(tiny()) | {"ema": torch.zeros(1)}, tmp_path / "both.pth")
+    with pytest.raises(UserError, match="not a U-ViT's|of another architecture"):
+        load_backbone(tmp_path / "both.pth", section)
 
 
 def test_diffusers_folder(tmp_path):

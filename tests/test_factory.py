@@ -65,6 +65,15 @@ class Fails(Net):
     def forward(self, x, t):
         return self.nothing(x)
 
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = Net()
+        self.image_size = [1, 1, 8, 8]
+
+    def forward(self, x, t):
+        return self.module(x, t)
+
 def make_model():
     return TimeOnly()
 
@@ -72,6 +81,7 @@ def make_labelled():
     return Labelled(labels=11)
 
 def make_any(): return Net()
+def make_nested(): return Nested()
 def make_looking(): return Looks()
 def make_both(): return Both()
 def make_tripling(): return Triples()
@@ -202,6 +212,16 @@ def test_weights_choose_no_code(module, tmp_path):
     assert description["backbone"] == section(module)
     with pytest.raises(UserError, match="of another architecture: conv.weight has shape"):
         load_described(weights, section(module, "make_colour"))
+
+
+@pytest.mark.parametrize("before", ["", "module."])
+def test_an_own_model_may_call_its_network_module(module, tmp_path, before):
+    """Its names are no DistributedDataParallel's, which may stand before them."""
+    net = build_backbone(section(module, "make_nested"))
+    assert {name.split(".")[0] for name in net.state_dict()} == {"module"}
+    torch.save({before + name: each for name, each in net.state_dict().items()}, tmp_path / "own.pth")
+    held = load_described(tmp_path / "own.pth", section(module, "make_nested"))[0].state_dict()
+    assert all(torch.equal(held[name], each) for name, each in net.state_dict().items())
 
 
 def test_checkpoint_pt_of_an_own_model(module, tmp_path):
