@@ -167,15 +167,15 @@ def infer_uvit(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     clip_dim = tensors["context_embed.weight"].shape[1] if "context_embed.weight" in tensors else None
     text = 77 if clip_dim is not None else 0
     patches = tensors["pos_embed"].shape[1] - 1 - (num_classes > 0) - text
-    in_blocks = {int(m[1]) for m in (re.match(r"in_blocks\.(\d+)\.", name) for name in tensors) if m}
+    depth = 2 * len({m[1] for m in (re.match(r"in_blocks\.(\d+)\.", name) for name in tensors) if m})
     return {
         "name": "uvit", "img_size": patch * round(patches**0.5), "patch_size": patch, "in_chans": channels,
-        "embed_dim": width, "depth": 2 * len(in_blocks), "num_heads": width // (72 if width == 1152 else 64),
+        "embed_dim": width, "depth": depth, "num_heads": width // (72 if width == 1152 else 64),
         "mlp_ratio": tensors["mid_block.mlp.fc1.weight"].shape[0] / width,
         "qkv_bias": "mid_block.attn.qkv.bias" in tensors, "mlp_time_embed": "time_embed.0.weight" in tensors,
         "num_classes": num_classes, "conv": "final_layer.weight" in tensors,
         "skip": "out_blocks.0.skip_linear.weight" in tensors, "clip_dim": clip_dim, "num_clip_token": text,
-    } | ({"uem": form} if (form := infer_form(tensors, width)) else {})
+    } | ({"uem": form} if (form := infer_form(tensors, width, depth + 1)) else {})
 
 
 def infer_ddpm_unet(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -354,7 +354,7 @@ def _foreign_section(tensors: Mapping[str, Tensor], description: Mapping, wanted
     if wanted is None:
         return infer_backbone(tensors)
     if wanted["name"] == "uvit":  # U-ViT's files have no uncertainty heads, AdaDiff's do
-        form = infer_form(tensors, wanted["embed_dim"])
+        form = infer_form(tensors, wanted["embed_dim"], wanted["depth"] + 1)
         return {name: value for name, value in wanted.items() if name != "uem"} | ({"uem": form} if form else {})
     if not description or wanted["name"] != "ddpm_unet":
         return wanted

@@ -43,7 +43,7 @@ def state_dict(tensors: Mapping[str, Tensor], description: Mapping[str, Any], he
         raise UserError(f"backbone.name={backbone['name']!r} cannot be written as U-ViT's .pth")
     if backbone.get("guidance_embed"):
         raise UserError("backbone.guidance_embed=True cannot be written as U-ViT's .pth, whose networks take no scale")
-    if heads and infer_form(tensors, backbone["embed_dim"]) == "paper":
+    if heads and infer_form(tensors, backbone["embed_dim"], backbone["depth"] + 1) == "paper":
         raise UserError("backbone.uem='paper' cannot be written as AdaDiff's .pth, whose heads are of the released "
                         "form; --noheads leaves them out")
     if denoiser["prediction"] != "eps":

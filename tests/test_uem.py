@@ -253,6 +253,28 @@ def test_heads_of_another_network_are_refused(tmp_path, change, problem):
         load_described(tmp_path / "other.pth", TINY)
 
 
+@pytest.mark.parametrize("section", [None, TINY])
+@pytest.mark.parametrize(("change", "problem"), [
+    (lambda held: drop(held, "lte_classifer.3.", "lte_classifer.4."), "heads (lte_classifer) of 3 layers; this"),
+    (lambda held: held.update({"lte_classifer.5.lte.weight": torch.zeros(48, 64)}),
+     "heads (lte_classifer) of 6 layers; this network has 5"),
+    (lambda held: drop(held, "lte_classifer.0."), "heads (lte_classifer) of 4 layers (0 is missing); this network"),
+    (lambda held: held.update({"lte_classifer.0.lte.weight": torch.zeros(48, 100)}),
+     "heads (lte_classifer) of shape (48, 100); this network's take 64 values, or 128 in the paper's form")])
+def test_it_is_said_that_the_heads_are_anothers(tmp_path, section, change, problem):
+    tensors = tiny(uem="released").state_dict()
+    change(tensors)
+    torch.save(tensors, tmp_path / "other.pth")
+    with pytest.raises(UserError) as caught:
+        load_described(tmp_path / "other.pth", section)
+    assert str(caught.value).startswith(f"these weights have uncertainty {problem}")
+
+
+def drop(tensors, *beginnings):
+    for name in [name for name in tensors if name.startswith(beginnings)]:
+        del tensors[name]
+
+
 @pytest.mark.parametrize("method", ["", ":early_exit"])
 def test_samples_from_a_published_file(run_main, tmp_path, method):
     path = saved(tiny(uem="released"), tmp_path / "adadiff.pth")

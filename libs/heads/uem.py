@@ -5,12 +5,16 @@ A head is one linear map from the tokens after a layer to the values of their pa
 is above the threshold. The paper writes the uncertainty u, and its threshold is 1 minus ours.
 """
 
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 FORMS = ("released", "paper")  # paper: the timestep embedding is an input too
+HEAD = re.compile(r"lte_classifer\.(\d+)\.lte\.weight")
 
 
 class UEM(nn.Module):
@@ -58,9 +62,19 @@ class UEMHeads(nn.ModuleList):
         return logits.float().sigmoid()
 
 
-def infer_form(tensors: Mapping[str, Tensor], dim: int) -> str:
-    """The form of a state dict's heads, "" where it has none."""
-    weight = tensors.get("lte_classifer.0.lte.weight")
-    if weight is None:
+def infer_form(tensors: Mapping[str, Tensor], dim: int, layers: int) -> str:
+    """The form of a state dict's heads, "" where it has none. Raises UserError for heads of another network than one of
+    so many layers with tokens of width `dim`.
+    """
+    shapes = {int(m[1]): tuple(each.shape) for name, each in tensors.items() if (m := HEAD.fullmatch(name))}
+    if not shapes:
         return ""
-    return "released" if weight.shape[1] == dim else "paper"
+    if shapes.keys() != {*range(layers)}:
+        missing = next((f" ({i} is missing)" for i in range(len(shapes)) if i not in shapes), "")
+        raise UserError(f"these weights have uncertainty heads (lte_classifer) of {len(shapes)} layers{missing}; this "
+                        f"network has {layers}")
+    forms = {(dim,): "released", (2 * dim,): "paper"}
+    if shapes[0][1:] not in forms:
+        raise UserError(f"these weights have uncertainty heads (lte_classifer) of shape {shapes[0]}; this network's "
+                        f"take {dim} values, or {2 * dim} in the paper's form")
+    return forms[shapes[0][1:]]
