@@ -200,7 +200,7 @@ def _pictures(flags, labelled: bool) -> Pictures:
 
 def define_text_flags(fv) -> None:
     define_feature_flags(fv)
-    absl_flags.DEFINE_string("prompts", None, "instead: a text, a .txt file with one a line, COCO's captions (.json)",
+    absl_flags.DEFINE_string("prompts", None, "instead: a text, a file with one a line, COCO's captions (.json)",
                              flag_values=fv)
 
 

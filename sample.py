@@ -45,7 +45,7 @@ COLUMNS = 16  # images in montage.png at most
 def define_flags(fv) -> None:
     absl_flags.DEFINE_string("seeds", "0-15", "seeds of the images: 0-63 or 1,5,7-9", flag_values=fv)
     absl_flags.DEFINE_string("labels", None, "classes, given to the seeds in turn: 3 or 0-9", flag_values=fv)
-    absl_flags.DEFINE_string("prompts", None, "a text, a .txt file with one a line, COCO's .json, or a folder of "
+    absl_flags.DEFINE_string("prompts", None, "a text, a file with one a line, COCO's .json, or a folder of "
                              "run_vis features", flag_values=fv)
     absl_flags.DEFINE_string("images", None, "folder of images to make conditions of, for super-resolution, inpainting",
                              flag_values=fv)

@@ -21,8 +21,26 @@ def test_a_text_is_one_prompt():
     assert read_prompts("version 1.5") == ["version 1.5"]
 
 
-def test_a_file_has_one_prompt_a_line(tmp_path):
-    path = tmp_path / "prompts.txt"
+@pytest.mark.parametrize("text", ["and/or", "24/7", "cat", "w/o", "amazon.com", "U.S.A", "~cat", "cat...", "?",
+                                  "a red/green/blue cat", "see readme.md now", "runs/coco/cats ", "cat, " * 100])
+def test_a_prompt_may_have_a_slash_or_a_dot(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    assert read_prompts(text) == [text]
+
+
+@pytest.mark.parametrize("text", ["cats.csv", "cats.TXT", "cats.jsonl", "run_vis/0.npy", "/nowhere/cats", "./cats",
+                                  "../cats", "~/cats-of-nobody", "cats/", "coco/prompts/cats", "here/cats"])
+def test_a_path_that_is_not_there_is_no_prompt(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(UserError) as caught:
+        read_prompts(text)
+    assert str(caught.value).startswith(f"--prompts={text}: there is no such file; a prompt that looks like one needs")
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts", "prompts.csv", "a b", "prompts.v2"])
+def test_a_file_has_one_prompt_a_line(tmp_path, name):
+    path = tmp_path / name
     path.write_text("a cat\n\n  a red  dog \r\nün chat")
     assert read_prompts(str(path)) == ["a cat", "a red dog", "ün chat"]
 
@@ -49,7 +67,7 @@ def test_the_id_depends_on_order_and_borders():
 @pytest.mark.parametrize(("name", "content", "line"), [
     ("missing.txt", None, "cannot be read (No such file or directory)"),
     ("empty.txt", "\n \n", "holds no prompts"),
-    ("latin.txt", b"\xff\xfe\x00", "cannot be read"),
+    ("latin.txt", b"\xff\xfe\x00", "cannot be read"), ("a.png", b"\x89PNG\r\n", "cannot be read"),
     ("a.json", "{", "cannot be read"),
     ("a.json", "[1]", "want COCO's captions: annotations with id, image_id and caption"),
     ("a.json", '{"annotations": [{"id": 1, "image_id": 2}]}', "want COCO's captions"),
