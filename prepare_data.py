@@ -60,7 +60,7 @@ def stats(config, flags) -> None:
     """Write the feature statistics (mu, sigma, n) of a data set or an image folder, for eval.reference.
 
     The images are those of the config's data section (--config.data.path=DIR), or of --images with pixels as they
-    are. FID's convention is the config's eval.fid_mode.
+    are. FID's convention is the config's eval.fid_mode. Image files are decoded one after another, and not kept.
     """
     if not flags.out.endswith(".npz"):
         raise UserError(f"--out={flags.out} must end in .npz")
@@ -73,7 +73,7 @@ def stats(config, flags) -> None:
                         "another data.name")
     cli.output_dir(Path(flags.out).parent)
     if flags.images is None:
-        source = load_section(config.data)
+        source = load_section(config.data, stream=True)
     else:
         source = flags.images
         list_images(source, "--images")

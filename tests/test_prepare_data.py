@@ -8,7 +8,9 @@ import torch
 
 import prepare_data
 from libs import config as config_files
+from libs.data import load_data
 from libs.data.images import save_png
+from libs.data.pictures import Pictures
 from libs.metrics import make_extractor
 from libs.metrics.frechet import Statistics, frechet_distance
 from libs.metrics.statistics import feature_statistics
@@ -39,6 +41,17 @@ def test_statistics_of_a_folder_and_of_a_data_set(run_main, tmp_path, images):
         assert (held.n, held.features) == (8, "cifar10_resnet")
         torch.testing.assert_close(torch.from_numpy(held.mu), torch.from_numpy(expected.mu), rtol=1e-4, atol=1e-5)
         assert frechet_distance(held, expected) < 1e-4
+    assert not list((tmp_path / "images").rglob(".*"))  # no decoded images are kept
+
+
+def test_statistics_take_the_decoded_images_that_a_training_has_kept(run_main, tmp_path, images, monkeypatch):
+    load_data("folder", tmp_path / "images", image_size=32)
+    [kept] = (tmp_path / "images").glob(".images_*.npy")
+    monkeypatch.setattr(Pictures, "decode", None)
+    ran = run_main(prepare_data.main, "stats", CONFIG, "--config.data.name=folder", "--config.compute.device=cpu",
+                   f"--config.data.path={tmp_path / 'images'}", f"--out={tmp_path / 'a.npz'}")
+    assert ran.status == 0, ran.stderr
+    assert kept.is_file()
 
 
 def test_inception_statistics(run_main, tmp_path, images, inception_file):

@@ -281,6 +281,19 @@ def test_the_kept_array_of_one_part_leaves_that_of_the_other(celeba):
     assert len(list((celeba / "img_align_celeba").glob(".*.npy"))) == 2
 
 
+@pytest.mark.parametrize("chunk", [1, 2 * 8 * 8 * 3, 1 << 20])
+def test_a_stream_has_the_images_in_whole_batches_and_keeps_none(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(pictures, "CHUNK_BYTES", chunk)
+    for level in range(7):
+        write(tmp_path / f"{level}.png", gray(level))
+    stream = load_data("folder", tmp_path, image_size=8, stream=True)
+    batches = [batch.float().mean((1, 2, 3)).tolist() for batch in stream.batches(3)]
+    assert (len(stream), batches) == (7, [[0, 1, 2], [3, 4, 5], [6]])
+    assert not list(tmp_path.glob(".*"))
+    assert levels(load_data("folder", tmp_path, image_size=8)) == [*range(7)]
+    assert levels(load_data("folder", tmp_path, image_size=8, stream=True)) == [*range(7)]  # what is kept by now
+
+
 def _make(path, log):
     def parts():
         with open(log, "a") as file:

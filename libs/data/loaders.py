@@ -15,7 +15,7 @@ from .folder import MODES
 from .image_data import ImageData, hold_out
 from .image_files import Folder
 from .lmdb_images import read_lmdb
-from .pictures import Pictures
+from .pictures import Pictures, PictureStream
 from .raw import celeba, coco, imagenet
 from .shard_cache import ShardCache, default_folder
 from .shard_files import FolderShard, TarShard
@@ -68,7 +68,8 @@ def load_data(
     maps: str = "",
     shard_cache: str = "",
     shard_cache_gb: float = 50.0,
-) -> ImageData | FeatureData | ShardData:
+    stream: bool = False,
+) -> ImageData | FeatureData | ShardData | PictureStream:
     """Read a data set into host memory, as uint8 images (n, image_size, image_size, channels), or the latents that
     stand in their place (name="features"); or index one whose images, with captions, are decoded when they are asked
     for (name="webdataset", "captioned_folder").
@@ -89,6 +90,8 @@ def load_data(
     score_key, min_score: only samples whose JSON has `min_score` or more in this field; 0 takes all.
     maps: what is done with each sample before its image is cut and resized, as in shard_filters.py.
     shard_cache, shard_cache_gb: folder of fetched shards (default: in ~/.cache) and how much stays in it.
+
+    stream: for who looks at the images once: files that were not decoded yet become a `PictureStream`.
     Raises UserError, naming the field, for everything that a user can get wrong.
     """
     reader = choose("data.name", name, READERS)
@@ -99,12 +102,17 @@ def load_data(
         raise UserError(f"data.image_size={image_size} must be at least 1")
     data = reader(DataRequest(str(path), image_size, channels, split, labels, download, cache, workers, factory,
                               keys, caption_key, score_key, min_score, maps, shard_cache, shard_cache_gb))
-    return data.read(image_size, channels, workers, cache) if isinstance(data, Pictures) else data
+    if not isinstance(data, Pictures):
+        return data
+    if stream and not (cache and data.kept(image_size, channels).is_file()):
+        return PictureStream(data, image_size, channels, workers)
+    return data.read(image_size, channels, workers, cache)
 
 
-def load_section(section: Mapping) -> ImageData | FeatureData | ShardData:
+def load_section(section: Mapping, stream: bool = False) -> ImageData | FeatureData | ShardData | PictureStream:
     """`load_data` of a config's `data` section, all of it: the section's `flip` and `hold_out` concern training."""
-    return load_data(**{name: value for name, value in section.items() if name not in ("flip", "hold_out")})
+    fields = {name: value for name, value in section.items() if name not in ("flip", "hold_out")}
+    return load_data(**fields, stream=stream)
 
 
 def load_learned(section: Mapping) -> ImageData | FeatureData | ShardData:

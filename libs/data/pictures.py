@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -68,15 +70,45 @@ class Pictures:
         cache: keep them in one hidden file beside where they come from, valid as long as names, sizes and times of
             the files are the same. A folder that cannot be written is no error, only slower the next time.
         """
-        stored = None
-        if cache:
-            stored = cache_file(self.files.home, self.files.digest(self.names), f"{self.kept_as}_{size}x{channels}")
-        step = max(1, CHUNK_BYTES // (size**2 * channels))
-        groups = [range(start, min(start + step, len(self))) for start in range(0, len(self), step)]
+        stored = self.kept(size, channels) if cache else None
+        groups = self.groups(max(1, len(self)), size, channels)
         parts = _with_bar(self.decoded(groups, size, channels, workers), len(self))
         images = cached_array(stored, (len(self), size, size, channels), np.uint8, parts)
         labels = None if self.labels is None else torch.tensor(self.labels, dtype=torch.int64)
         return ImageData(torch.from_numpy(images), labels, self.class_names)
+
+    def kept(self, size: int, channels: int) -> Path:
+        """The hidden file in which the decoded images are kept, or would be."""
+        return cache_file(self.files.home, self.files.digest(self.names), f"{self.kept_as}_{size}x{channels}")
+
+    def groups(self, batch_size: int, size: int, channels: int) -> list[range]:
+        """The numbers of all images in groups that are worth a task, none of which goes beyond a batch."""
+        step, total = max(1, CHUNK_BYTES // (size**2 * channels)), len(self)
+        return [range(i, min(i + step, start + batch_size, total)) for start in range(0, total, batch_size)
+                for i in range(start, min(start + batch_size, total), step)]
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureStream:
+    """Pictures for what looks at all of them once: decoded one after another, none of them kept."""
+
+    pictures: Pictures
+    size: int
+    channels: int
+    workers: int = 0
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Yield the images in their order as uint8 (b, size, size, channels)."""
+        groups, held = self.pictures.groups(batch_size, self.size, self.channels), []
+        parts = self.pictures.decoded(groups, self.size, self.channels, self.workers)
+        for group, part in zip(groups, parts, strict=True):
+            held.append(part)
+            if group.stop % batch_size == 0 or group.stop == len(self):
+                yield torch.from_numpy(np.concatenate(held))
+                held = []
 
 
 class _Groups(Dataset):

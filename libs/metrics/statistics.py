@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ..data.folder import folder_batches
 from ..data.image_data import ImageData
+from ..data.pictures import PictureStream
 from ..data.shards import ShardData
 from ..errors import UserError
 from .features import ASSETS
@@ -47,7 +48,7 @@ def feature_statistics(
 
 
 def reference_statistics(
-    source: ImageData | ShardData | str | Path,
+    source: ImageData | ShardData | PictureStream | str | Path,
     extractor: Extractor,
     batch_size: int = 256,
     image_size: int | None = None,
@@ -61,7 +62,7 @@ def reference_statistics(
     field: the flag or config field that `source` came from, for error messages.
     Raises UserError when there is nothing to read, or it belongs to other features.
     """
-    if isinstance(source, ImageData | ShardData):
+    if isinstance(source, ImageData | ShardData | PictureStream):
         if len(source) < 2:
             raise UserError(f"{field}: the data set has {len(source)} images; statistics need at least 2")
         return feature_statistics(_with_bar(_data_batches(source, batch_size), len(source)), extractor)
@@ -85,7 +86,10 @@ def reference_statistics(
     return statistics
 
 
-def _data_batches(data: ImageData | ShardData, batch_size: int) -> Iterator[Tensor]:
+def _data_batches(data: ImageData | ShardData | PictureStream, batch_size: int) -> Iterator[Tensor]:
+    if isinstance(data, PictureStream):
+        yield from data.batches(batch_size)
+        return
     for indices in torch.arange(len(data)).split(batch_size):
         yield data.batch(indices)[0]
 
