@@ -37,13 +37,20 @@ def fingerprint(config: Mapping, checkpoint: Path, labels_rule: str | None = Non
     if compute["compile"] and mode != "default":
         compute["compile_mode"] = mode
     held |= {"checkpoint_sha256": file_sha256(checkpoint), "labels": labels_rule, "compute": compute}
-    adaptor = held["policy"].get("adaptor")
-    if adaptor not in (None, *TRAINING_FREE):  # trained again, the same name makes other images
+    held |= policy_files(held["policy"])
+    return json.loads(json.dumps(held))  # tuples become lists, as they will when it is read again
+
+
+def policy_files(policy: Mapping) -> dict[str, str]:
+    """Hashes of the files that a `policy` section names: made again under the same name, they make other images."""
+    held = {}
+    adaptor = policy.get("adaptor")
+    if adaptor not in (None, *TRAINING_FREE):
         held["adaptor_sha256"] = file_sha256(resolve_adaptor(adaptor))
-    schedule = schedule_file(held["policy"].get("schedule", ""))
+    schedule = schedule_file(policy.get("schedule", ""))
     if schedule is not None:
         held["schedule_sha256"] = file_sha256(schedule)
-    return json.loads(json.dumps(held))  # tuples become lists, as they will when it is read again
+    return held
 
 
 class ImageFolder:

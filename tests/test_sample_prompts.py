@@ -13,6 +13,8 @@ from two_processes import run_in_two
 
 import sample
 from libs import config as config_files
+from libs.adaptors import make_adaptor
+from libs.adaptors.files import save_adaptor
 from libs.data.images import save_png
 
 PROMPTS = "a cat\na red dog\nthe sea\n"
@@ -83,6 +85,25 @@ def test_again_makes_only_what_is_missing(run, tmp_path, models):
         ran = run(*flags, prompts=prompts)
         assert ran.status == 2
         assert line in ran.stderr
+
+
+def test_an_adaptor_made_again_makes_another_chain(run, tmp_path):
+    file, sizes = tmp_path / "adaptor.safetensors", {"c_in": 32, "c_out": 64, "temb_dim": 128}
+    flags = ["--seeds=0", f"--config.policy.adaptor={file}", "--compare", "--repeats=1"]
+
+    def train(value: float) -> None:
+        adaptor = make_adaptor("ridge", **sizes)
+        torch.nn.init.constant_(adaptor.map.bias, value)
+        save_adaptor(file, adaptor, "ridge", {}, {"depth": 1, "cut": "before", **sizes})
+
+    train(0.0)
+    assert run(*flags, config="sd15.py:clockwork").status == 0
+    train(0.1)
+    ran = run(*flags, config="sd15.py:clockwork")
+    assert ran.status == 2
+    assert "holds images of another chain (adaptor_sha256 is " in ran.stderr
+    # the plain images beside them are none of the adaptor's
+    assert "adaptor" not in (tmp_path / "out" / "plain" / "chain.json").read_text()
 
 
 def test_settings_act(run, tmp_path):

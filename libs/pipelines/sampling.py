@@ -29,7 +29,7 @@ from ..data.images import image_grid
 from ..errors import UserError, choose
 from ..files import reason
 from ..hub import model_id, quiet
-from ..image_folder import ImageFolder
+from ..image_folder import ImageFolder, policy_files
 from ..policies import make_spec
 from ..prompts import prompts_id, prompts_of
 from ..provenance import file_sha256, machine
@@ -51,7 +51,7 @@ class PipelineSampler:
 
     rows         images in one call of the pipeline (twice as many in its network under guidance)
     nfe          steps of the scheduler's loop, each one call of the network
-    fingerprint  what decides the image of a seed, to its last bit on one machine
+    fingerprint  what decides the image of a seed, to its last bit on one machine; plain_fingerprint: without the policy
     """
 
     num_classes = 0  # prompts take the place of labels
@@ -77,10 +77,11 @@ class PipelineSampler:
         self.handle = self._apply()
         held = {"pipeline": {name: value for name, value in section.items() if name not in (*ORIGINS, *CONTROLS)},
                 "models": {name: model_id(folder) for name, folder in models.items()},
-                "policy": config.policy.to_dict(), "prompts_sha256": prompts_id(prompts),
-                "control_sha256": file_sha256(control) if control else None,
+                "prompts_sha256": prompts_id(prompts), "control_sha256": file_sha256(control) if control else None,
                 "compute": {name: compute[name] for name in ("precision", "compile", "rows")}}
-        self.fingerprint: dict[str, Any] = json.loads(json.dumps(held))
+        held = json.loads(json.dumps(held))
+        self.plain_fingerprint: dict[str, Any] = held | {"policy": {"name": "full"}}
+        self.fingerprint: dict[str, Any] = held | {"policy": config.policy.to_dict()} | policy_files(config.policy)
 
     def _apply(self) -> Handle | None:
         """The handle of the policy, now at work in the pipeline; None for a plain one."""
@@ -164,7 +165,7 @@ def compare(sampler: PipelineSampler, seeds: Sequence[int], folder: ImageFolder,
     `repeats` of each in turn, their median, the device synchronised before and after. The plain pipeline's images
     of all seeds go into the folder plain/. The picture has two columns, plain and accelerated: uint8 (H, W, 3).
     """
-    plain_folder = ImageFolder(folder.path / "plain", sampler.fingerprint | {"policy": {"name": "full"}})
+    plain_folder = ImageFolder(folder.path / "plain", sampler.plain_fingerprint)
     missing = plain_folder.missing(seeds)
     with sampler.plain(), tqdm(total=len(missing), desc="plain", unit="image") as progress:
         for batch, images in sampler.images(missing):
