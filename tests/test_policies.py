@@ -198,6 +198,11 @@ def test_mac_ratios_of_stable_diffusion(sd15, settings, total, expected):
     assert (keys * full + (total - keys) * reuse) / (total * full) == pytest.approx(expected, abs=0.0006)
 
 
+def test_key_steps_beyond_the_loop_are_refused_before_anything_is_sampled():
+    with pytest.raises(UserError, match=r"policy\.key_steps='0,8': step 8 is out of range; the loop has steps 0 to 7"):
+        chain("uvit", "encoder_propagation", policy__key_steps="0,8")
+
+
 def test_published_key_steps_at_their_own_number_of_steps():
     assert sorted(key_steps("paper", 50)) == [0, 1, 2, 3, 5, 10, 15, 25, 35]
     assert sorted(key_steps("paper", 20)) == [0, 1, 2, 3, 5, 10, 15]

@@ -106,6 +106,13 @@ def test_an_adaptor_made_again_makes_another_chain(run, tmp_path):
     assert "adaptor" not in (tmp_path / "out" / "plain" / "chain.json").read_text()
 
 
+def test_key_steps_beyond_the_loop_leave_no_folder(run, tmp_path):
+    ran = run("--config.policy.key_steps=0,9", config="sd15.py:encoder_propagation")
+    assert ran.status == 2
+    assert "policy.key_steps='0,9': step 9 is out of range; the loop has steps 0 to 3" in ran.stderr
+    assert not (tmp_path / "out" / "chain.json").exists()
+
+
 def test_settings_act(run, tmp_path):
     images = []
     for i, flags in enumerate(([], ["--config.pipeline.guidance=1"], ["--config.pipeline.negative_prompt=blurry"],

@@ -74,6 +74,8 @@ class PipelineSampler:
             (getattr(self.pipe, "unet", None) or self.pipe.transformer).compile()
         self.pipe.scheduler.set_timesteps(section.steps)
         self.nfe = len(self.pipe.scheduler.timesteps)
+        if self.spec is not None:
+            self.spec.is_full(0, self.nfe)  # refuses key steps that this loop does not have, before anything is written
         self.handle = self._apply()
         held = {"pipeline": {name: value for name, value in section.items() if name not in (*ORIGINS, *CONTROLS)},
                 "models": {name: model_id(folder) for name, folder in models.items()},

@@ -23,9 +23,10 @@ class Full:
         self.rows_per_image = 1
 
     def prepare(self, chain: Any) -> None:
-        """Called once with the finished `generate.Chain`, for a policy that calibrates itself on samples of it.
+        """Called once with the finished `generate.Chain`, for a policy that calibrates itself on samples of it or
+        refuses its number of steps.
 
-        The weights may be none yet, so such a policy waits for the first `start`.
+        The weights may be none yet, so a policy that samples waits for the first `start`.
         """
 
     def start(self, times: Tensor, rows_per_image: int = 1) -> None:

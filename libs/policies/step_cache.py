@@ -115,6 +115,10 @@ class StepCache(Full):
         self.inner._step_cache = self
         self.inner._reset_stateful_cache = self.release  # diffusers' pipelines call it when an image is done
 
+    def prepare(self, chain: Any) -> None:
+        """Refuse key steps that the chain's loops do not have, before anything is written."""
+        self.settings.is_full(0, chain.nfe)
+
     def start(self, times: Tensor, rows_per_image: int = 1) -> None:
         super().start(times, rows_per_image)
         if not isinstance(self.clock, AnnouncedClock):
