@@ -1,8 +1,11 @@
 """Caching policies beside what else users put on a pipeline, and the one line that they get for what cannot be."""
 
+import copy
+import io
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +171,31 @@ def test_disable_may_be_called_twice():
         image(pipe, kwargs)
         assert other.stats()["reuse_calls"] == 3
     assert traces(pipe.unet) == untouched
+
+
+def pickled(value) -> Any:
+    """`value` written and read again by torch.save."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_network_is_copied_without_its_policy(policy, again):
+    """A copy of the hooks would run the original's weights."""
+    pipe, kwargs = controlnet()
+    plain = image(pipe, kwargs)
+    with apply_policy(pipe, POLICIES[policy]):
+        expected = image(pipe, kwargs)
+        under_policy = [pipe.unet, pipe.unet.mid_block, *([pipe.controlnet] if policy == "parallel" else [])]
+        for module in under_policy:
+            in_one_line(lambda module=module: again(module), r"cannot be copied or pickled; disable\(\) the policy")
+        again(pipe.unet.state_dict())
+        assert torch.equal(image(pipe, kwargs), expected)
+    pipe.unet, pipe.controlnet = again(pipe.unet), again(pipe.controlnet)
+    assert torch.equal(image(pipe, kwargs), plain)
 
 
 def test_features_are_freed_when_an_image_is_done():

@@ -3,15 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
 from .clocks import Position
-from .hooks import outside, through
+from .hooks import OwnHook, outside, through
 from .trees import equal, signature, tensor_map
 
 
-class ControlReplay(ModelHook):
+class ControlReplay(OwnHook):
     """A ControlNet that runs on the network's key steps and repeats itself on the others.
 
     at        the place of a call in its loop: `at(timestep, caller)`

@@ -12,7 +12,7 @@ reuses. So a compiled graph never sees state that changes, and the buffers of a 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -34,7 +34,23 @@ class Mode:
         self.reuse = False
 
 
-class SiteHook(ModelHook):
+class OwnHook(ModelHook):
+    """A hook that refuses to be copied with its module, whose copy would run the original's weights for good: the
+    `forward` that diffusers put on it is bound to the original.
+    """
+
+    def __deepcopy__(self, memo: dict):
+        self._refuse()
+
+    def __reduce__(self):
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise UserError("a network with a caching policy cannot be copied or pickled; disable() the policy first, "
+                        "or save its state_dict()")
+
+
+class SiteHook(OwnHook):
     """What all site hooks share. `mode` is common to the network."""
 
     def __init__(self, mode: Mode):
@@ -138,7 +154,7 @@ class Deep(SiteHook):
         return args[place] if place < len(args) else kwargs.get(name)
 
 
-class Capture(ModelHook):
+class Capture(OwnHook):
     """Holds the first argument of a module in a full call until it is taken: what the upsampler was given."""
 
     def __init__(self, mode: Mode):

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from absl import logging
-from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
 from ..adaptors import DeepFeatures
@@ -16,7 +15,7 @@ from ..errors import UserError, is_out_of_memory
 from .clocks import AnnouncedClock, Position, TimestepsClock
 from .control import ControlReplay
 from .full import Full
-from .hooks import Deep, Mode, SiteHook, attach, outside, through
+from .hooks import Deep, Mode, OwnHook, SiteHook, attach, outside, through
 from .sites import Sites, sites, unwrap
 from .trees import equal, map_beside, own_copy, own_lists, repeat_argument, signature, tensor_map
 
@@ -400,7 +399,7 @@ class StepCache(Full):
             self._warned = True
 
 
-class Root(ModelHook):
+class Root(OwnHook):
     """Hands every call of the network to its cache."""
 
     def __init__(self, cache: StepCache):
