@@ -1,7 +1,9 @@
 """Caching policies and prior noise under every scheduler that a Stable Diffusion pipeline takes."""
 
+import copy
 import inspect
 import math
+import pickle
 
 import pytest
 import torch
@@ -169,6 +171,27 @@ def test_the_scheduler_is_its_own_again():
         assert "step" in vars(pipe.scheduler)
     assert "step" not in vars(pipe.scheduler)
     assert not torch.equal(image(pipe, kwargs), expected)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))])
+def test_a_copy_of_the_scheduler_is_plain(again, monkeypatch):
+    pipe, kwargs = small()
+    plain = image(pipe, kwargs)
+
+    def refuse(*args):
+        raise AssertionError("the pipeline was copied too")
+
+    with apply_policy(pipe, KEYS):
+        noisy = image(pipe, kwargs)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Parameter, "__deepcopy__", refuse)
+            patch.setattr(torch.nn.Parameter, "__reduce_ex__", refuse)
+            scheduler = again(pipe.scheduler)
+        assert torch.equal(image(pipe, kwargs), noisy)
+    own, pipe.scheduler = pipe.scheduler, scheduler
+    assert torch.equal(image(pipe, kwargs), plain)
+    assert own.step.__self__ is own
+    assert scheduler.step.__self__ is scheduler
 
 
 def test_wrappers_of_others_around_step_stay():

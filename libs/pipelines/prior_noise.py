@@ -1,7 +1,9 @@
 """Prior noise injection (2312.09608, section 3.4) in a diffusers pipeline: z_t + alpha z_T in the second half."""
 
+import copy
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -30,9 +32,8 @@ class PriorNoise:
         if self.pipe.scheduler is not self.scheduler:
             self.unwrap()
             self.scheduler = self.pipe.scheduler
-            self.before, step = vars(self.scheduler).get("step"), self.scheduler.step
-            self.installed = functools.wraps(step)(functools.partial(self.step, step))
-            self.scheduler.step = self.installed
+            self.before = vars(self.scheduler).get("step")
+            self.scheduler.step = self.installed = Step(self, self.scheduler.step)
 
     def unwrap(self) -> None:
         if self.scheduler is not None and vars(self.scheduler).get("step") is self.installed:
@@ -46,7 +47,7 @@ class PriorNoise:
         self.clock.on_call = None
         self.z_T = None
 
-    def step(self, original, model_output, timestep, sample: Tensor, *args, **kwargs):
+    def step(self, original: Callable, model_output, timestep, sample: Tensor, *args, **kwargs):
         if self.scheduler is None:
             return original(model_output, timestep, sample, *args, **kwargs)
         if self.clock.loop != self.loop:
@@ -76,3 +77,22 @@ class PriorNoise:
         if float(self.scheduler.init_noise_sigma) == 1 or self.scheduler.step_index is None:
             return 1.0
         return math.sqrt(1 + float(self.scheduler.sigmas[self.scheduler.step_index]) ** 2)
+
+
+class Step:
+    """A scheduler's `step` with the noise of `owner`. A copy of the scheduler, by pickle too, gets its `original` step
+    back, and no pipeline along with it.
+    """
+
+    def __init__(self, owner: PriorNoise, original: Callable):
+        functools.update_wrapper(self, original)  # pipelines look into its signature
+        self.owner, self.original = owner, original
+
+    def __call__(self, *args, **kwargs):
+        return self.owner.step(self.original, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict):
+        return copy.deepcopy(self.original, memo)
+
+    def __reduce__(self):
+        return self.original.__reduce__()
