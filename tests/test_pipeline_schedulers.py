@@ -4,12 +4,17 @@ import copy
 import inspect
 import math
 import pickle
+from unittest import mock
 
 import pytest
 import torch
+from absl import logging
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
@@ -117,9 +122,15 @@ def test_prior_noise_of_a_scheduler_in_sigmas_is_that_of_its_variance_preserving
     (PNDMScheduler, {"skip_prk_steps": True}),
     (HeunDiscreteScheduler, {}),
     (KDPM2DiscreteScheduler, {}),
+    (EDMEulerScheduler, {}),  # whose times, as those of the next two, are log(sigma) / 4
+    (EDMDPMSolverMultistepScheduler, {}),
+    (EulerDiscreteScheduler, {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
 ])
 def test_prior_noise_goes_where_it_belongs(cls, options):
-    """On grid points below the limit, not on the last state, nor midway through a step of a second-order solver."""
+    """On grid points below the limit, not on the last state, nor midway through a step of a second-order solver.
+
+    Half of the steps where the times are not training's.
+    """
     pipe, kwargs = small()
     swap_scheduler(pipe, cls, **options)
     scheduler, made = pipe.scheduler, []
@@ -140,9 +151,11 @@ def test_prior_noise_goes_where_it_belongs(cls, options):
         after = states(pipe, kwargs)
     assert scheduler.step is step
     (_, z_T), *made = made
-    times = [*scheduler.timesteps.tolist()[1:], None]
+    times = scheduler.timesteps.tolist()
+    if times[0] < 2:
+        times = [999 - 1000 * i / len(times) for i in range(len(times))]
     count = 0
-    for x, (before, scale), t in zip(after, made, times, strict=True):
+    for x, (before, scale), t in zip(after, made, [*times[1:], None], strict=True):
         due = t is not None and t < 500 and scale > 0
         count += due
         assert torch.allclose(x - before, ALPHA * scale * z_T if due else torch.zeros(()), atol=1e-5 * max(1, scale))
@@ -152,9 +165,21 @@ def test_prior_noise_goes_where_it_belongs(cls, options):
 def test_image_to_image_from_the_middle_gets_no_prior_noise():
     pipe, kwargs = small_image_to_image(strength=0.8)
     plain = image(pipe, kwargs)
-    with apply_policy(pipe, KEYS):
-        assert torch.equal(image(pipe, kwargs), plain)
+    with apply_policy(pipe, KEYS), mock.patch.object(logging, "warning") as warning:
         assert not torch.equal(image(pipe, kwargs, strength=1.0), plain)
+        warning.assert_not_called()
+        for _ in range(2):
+            assert torch.equal(image(pipe, kwargs), plain)
+        warning.assert_called_once()  # which says so
+        assert "prior_noise=0.01: no noise is added" in warning.call_args.args[0] % warning.call_args.args[1:]
+
+
+def test_inversion_gets_no_prior_noise():
+    """Its loop goes upwards, from an image."""
+    pipe, kwargs = small(guidance_scale=1.0)
+    swap_scheduler(pipe, DDIMInverseScheduler)
+    plain = image(pipe, kwargs)
+    with apply_policy(pipe, KEYS):
         assert torch.equal(image(pipe, kwargs), plain)
 
 
