@@ -1,5 +1,6 @@
 """Caching policies in one denoising loop after another: other settings, broken and own loops, parallel decoding."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from absl import logging
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
+from peft import LoraConfig
 from small_pipeline import close, image, small, small_image_to_image, small_unet, swap_scheduler
 from tiny_pipelines import CROSS, TOKENS, controlnet, sdxl
 
@@ -307,6 +309,24 @@ def test_prompts_that_a_callback_changes_drop_the_outputs_made_ahead():
     assert stats["reuse_calls"] == 5 + 3  # three were made for the old prompt
 
 
+def test_the_scale_of_a_lora_that_a_callback_changes_drops_the_outputs_made_ahead():
+    def change(pipe, step, t, tensors):
+        if step == 2:
+            pipe.cross_attention_kwargs["scale"] = 0.0
+        return {}
+
+    def made(policy, **kwargs):
+        pipe, defaults = small(cross_attention_kwargs={"scale": 1.0})
+        torch.manual_seed(1)
+        pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        with apply_policy(pipe, policy):
+            return image(pipe, defaults, **kwargs)
+
+    sequential = made(EncoderPropagation("every:6"), callback_on_step_end=change)
+    assert close(made(PARALLEL, callback_on_step_end=change), sequential)
+    assert not close(made(PARALLEL), sequential)
+
+
 def test_guidance_that_a_callback_cuts_off_starts_afresh():
     def cut(pipe, step, t, tensors):
         if step != 2:
@@ -342,3 +362,35 @@ def test_a_controlnet_outside_its_guidance_interval_is_not_replayed(parallel):
         image(pipe, kwargs, num_inference_steps=4, control_guidance_end=0.5)
         assert steering == [True, True, False, False]
         assert handle.stats()["control_calls"] == 2
+
+
+@pytest.mark.parametrize("steered_by", ["image", "prompt_embeds"])
+def test_what_steers_a_controlnet_may_be_changed_by_a_callback(steered_by):
+    """The ControlNet then runs once more, and what was decoded with its old residuals goes."""
+    def change(pipe, step, t, tensors):
+        return {steered_by: 1 - tensors[steered_by]} if step == 1 else {}
+
+    changed = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": [steered_by]}
+    pipe, kwargs = controlnet()
+    made, residuals = {}, []
+
+    def see(module, args, kwargs):
+        residuals.append(kwargs["mid_block_additional_residual"])
+
+    for parallel in (False, True):
+        with apply_policy(pipe, EncoderPropagation("every:6", parallel=parallel)) as handle:
+            made[parallel] = image(pipe, kwargs, **changed)
+            assert handle.stats()["control_calls"] == 2
+    assert close(made[True], made[False])
+    with apply_policy(pipe, EncoderPropagation("every:6")), pipe.unet.register_forward_pre_hook(see, with_kwargs=True):
+        image(pipe, kwargs, **changed)
+    same = [torch.equal(*each) for each in itertools.pairwise(residuals)]
+    assert same == [True, False, True, True, True]
+
+
+def test_a_controlnet_that_guesses_is_replayed_too():
+    """Its pipeline hands it a new view of the same prompt at every step."""
+    pipe, kwargs = controlnet()
+    with apply_policy(pipe, EncoderPropagation("every:6", parallel=True)) as handle:
+        image(pipe, kwargs, guess_mode=True)
+        assert handle.stats()["control_calls"] == 1

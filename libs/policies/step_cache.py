@@ -364,7 +364,8 @@ class StepCache(Full):
                    f"max_parallel={self.window}")
 
     def _same_condition(self, given: dict, branch: Branch) -> bool:
-        """Whether the outputs made ahead are still those of this call; if a callback changed the prompt, they go.
+        """Whether the outputs made ahead are still those of this call; if a callback changed the prompt or LoRA's
+        scale, they go.
 
         `start` announces a loop of one condition, so there only shapes are looked at: values would make the host wait
         for the device, since guidance and casts put the condition together anew at each call.
@@ -390,8 +391,10 @@ class StepCache(Full):
             made_anew.update(BATCHED)
         elif self.controls:
             made_anew |= {"down_block_additional_residuals", "mid_block_additional_residual"}
+        # cross_attention_kwargs: LoRA's scale, in a copy that stays as it is; tensors in it are refused elsewhere.
+        made_anew.add("cross_attention_kwargs")
         return tuple(tensor_map(lambda x: x.shape, given.get(name)) if name in made_anew else given.get(name)
-                     for name in BATCHED)
+                     for name in (*BATCHED, "cross_attention_kwargs"))
 
     def _warn(self, text: str) -> None:
         if not self._warned:

@@ -57,14 +57,23 @@ def map_beside(function: Callable[[Tensor, Any], Tensor], value: Any, beside: An
     return value
 
 
-def equal(a: Any, b: Any) -> bool:
-    """Equality of nested arguments; the same objects, the usual case, are not looked into."""
+def same_values(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.device == b.device and bool(torch.equal(a, b))
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors that are both still there are views of the same values; the device is not waited for."""
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+
+
+def equal(a: Any, b: Any, same: Callable[[Tensor, Tensor], bool] = same_values) -> bool:
+    """Equality of nested arguments; the same objects, the usual case, are not looked into. same: compares tensors."""
     if a is b:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.device == b.device and bool(torch.equal(a, b))
+        return same(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(equal(a[key], b[key], same) for key in a)
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(map(equal, a, b))
+        return len(a) == len(b) and all(equal(*each, same) for each in zip(a, b, strict=True))
     return type(a) is type(b) and a == b
