@@ -198,6 +198,31 @@ def test_a_network_is_copied_without_its_policy(policy, again):
     assert torch.equal(image(pipe, kwargs), plain)
 
 
+def test_an_adaptor_that_is_handed_over_stays_as_it_is():
+    """Policies cast copies of their own, so that it may train on, and serve pipelines of several precisions."""
+    torch.manual_seed(1)
+    adaptor = resnet()
+    for parameter in adaptor.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    before = {name: each.clone() for name, each in adaptor.state_dict().items()}
+    (first, kwargs), (second, _) = small(), small()
+    second.to(dtype=torch.bfloat16)
+    half = {key: each.bfloat16() if isinstance(each, torch.Tensor) else each for key, each in kwargs.items()}
+    with apply_policy(first, Clockwork(2, adaptor=adaptor)), apply_policy(second, Clockwork(2, adaptor=adaptor)):
+        expected = image(first, kwargs)
+        assert close(image(second, half).float(), expected, 0.1)
+        assert torch.equal(image(first, kwargs), expected)
+    assert adaptor.training
+    assert all(torch.equal(each, before[name]) for name, each in adaptor.state_dict().items())
+
+    # one that is stored in 8 bits between its layers' calls computes in more
+    third, _ = small()
+    third.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with apply_policy(third, Clockwork(2, adaptor=adaptor)) as handle:
+        assert close(image(third, kwargs), expected, 0.3)
+        assert next(handle.cache.deep.adaptor.parameters()).dtype == torch.float32
+
+
 def test_features_are_freed_when_an_image_is_done():
     for policy in (*POLICIES.values(), Clockwork(2, cut="before")):
         pipe, kwargs = small()

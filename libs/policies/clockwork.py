@@ -1,5 +1,6 @@
 """Clockwork (2312.08128): the low-resolution part of a UNet runs every few steps and is stood in for between."""
 
+import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class Clockwork:
                     own: 1, and 2 on SDXL
     adaptor         what stands in for the deep part: "identity" hands back its last output, "extrapolation" continues
                     the line through its last two, a module of `libs.adaptors` or the file of one computes it
-                    (section 3.2)
+                    (section 3.2). A module stays as it is: `attach` takes a copy, in eval mode
     protect_first   steps at the start that always run in full: early approximations cost the most (table 4)
     protect_last    steps at the end that do
     cut             where the deep part ends: "before" the upsampler as in the paper, "after" it as in the released
@@ -103,7 +104,8 @@ class Clockwork:
         last = len(parts.decoder) - depth - 1
         dropped = [*parts.encoder[depth:], *filter(None, [parts.middle]), *parts.decoder[:last]]
         deep = parts.decoder[last]
-        return [*((block, Drop(mode)) for block in dropped), (deep, Deep(mode, deep, self.cut, adaptor))]
+        own = copy.deepcopy(adaptor).eval() if adaptor is not None else None  # moved and cast with this network
+        return [*((block, Drop(mode)) for block in dropped), (deep, Deep(mode, deep, self.cut, own))]
 
     def attach(self, net: nn.Module, clock: Any = None) -> StepCache:
         """The running policy around `net`, which it hooks in place."""

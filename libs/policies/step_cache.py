@@ -254,7 +254,7 @@ class StepCache(Full):
             self.loop = where.loop
             self.counts["loops"] += 1
             if self.deep is not None and self.deep.adaptor is not None:
-                self.deep.adaptor.to(sample.device, next(self.inner.parameters(), sample).dtype)
+                self.deep.adaptor.to(sample.device, sample.dtype)  # weights may be stored in another dtype than this
         if where.branch is None:
             self._warn("cannot tell the guidance branches of a step from a loop that begins again, so every call runs "
                        "in full; apply_policy(pipe, ...) or start(times) tells them apart")
