@@ -272,16 +272,16 @@ def test_a_window_that_does_not_fit_in_memory_shrinks():
         sequential = image(pipe, kwargs)
 
     def limited(module, args):
-        if len(args[0]) > 5:  # two rows a step
+        if len(args[0]) > 3:  # two rows a step
             raise torch.OutOfMemoryError("too many rows")
 
     with pipe.unet.conv_out.register_forward_pre_hook(limited), apply_policy(pipe, PARALLEL) as handle:
         with mock.patch.object(logging, "warning") as warning:
             assert close(image(pipe, kwargs), sequential)
-        warning.assert_called_once()
-        assert "max_parallel=2" in warning.call_args.args[0] % warning.call_args.args[1:]
-        assert handle.stats()["decoder_batches"] == 3
-        assert close(image(pipe, kwargs), sequential)
+            assert handle.stats()["decoder_batches"] == 5
+            assert close(image(pipe, kwargs), sequential)
+        said = [call.args[0] % call.args[1:] for call in warning.call_args_list]
+        assert [text.partition("going on with ")[2] for text in said] == ["max_parallel=2", "max_parallel=1"]
 
 
 def test_another_error_in_a_decoder_batch_is_raised():
@@ -306,7 +306,7 @@ def test_prompts_that_a_callback_changes_drop_the_outputs_made_ahead():
     parallel, sequential, stats = pair(callback_on_step_end=change, **SHOWN)
     assert close(parallel, sequential)
     assert not close(sequential, pair()[1])
-    assert stats["reuse_calls"] == 5 + 3  # three were made for the old prompt
+    assert (stats["reuse_calls"], stats["decoded_steps"]) == (5, 5)  # of which three for the old prompt, not asked for
 
 
 def test_the_scale_of_a_lora_that_a_callback_changes_drops_the_outputs_made_ahead():

@@ -97,7 +97,7 @@ class StepCache(Full):
         self.parallel, self.window = settings.parallel, settings.max_parallel
         self.counts = dict.fromkeys(("full_calls", "reuse_calls", "decoder_batches", "decoded_steps", "loops"), 0)
         self._ratios: dict[tuple, Tensor] = {}
-        self._warned = False
+        self._warned: set[str] = set()
         self._detach: list[Callable[[], None]] = []
         hooks = settings.hooks(self.inner, sites(self.inner), self.mode)  # refuses before anything is hooked
         self.site_hooks = [hook for _, hook in hooks]
@@ -158,9 +158,9 @@ class StepCache(Full):
     def stats(self) -> dict:
         """What ran since the policy was made.
 
-        full_calls, reuse_calls: calls of the network that ran in full and that reused (a decoder batch counts once for
-        each of its steps); decoder_batches: calls that decoded several steps at once, decoded_steps: the steps in
-        them; loops: denoising loops begun.
+        full_calls, reuse_calls: calls of the network that ran in full and that reused, those included whose output a
+        decoder batch had made; decoder_batches: passes that decoded several steps at once, decoded_steps: the steps in
+        them, whether they were asked for or not; loops: denoising loops begun.
         """
         control = {"control_calls": sum(hook.calls for hook in self.controls)} if self.controls else {}
         return {**super().stats(), **self.counts, **control}
@@ -227,6 +227,8 @@ class StepCache(Full):
                 plan.stored = branch.outputs.pop(where.index, None)
             if plan.stored is None:
                 self._recall(plan)
+            else:
+                self.counts["reuse_calls"] += 1
         return plan
 
     @outside
@@ -353,7 +355,6 @@ class StepCache(Full):
             plan.branch.outputs[step] = tensor_map(lambda x, i=i: x[i * b:(i + 1) * b].clone(), decoded)
         self.counts["decoder_batches"] += 1
         self.counts["decoded_steps"] += len(window)
-        self.counts["reuse_calls"] += len(window)
 
     @outside
     def _shrink_window(self, error: Exception, window: list[int]) -> None:
@@ -397,9 +398,9 @@ class StepCache(Full):
                      for name in (*BATCHED, "cross_attention_kwargs"))
 
     def _warn(self, text: str) -> None:
-        if not self._warned:
+        if text not in self._warned:
             logging.warning("%s: %s", type(self.settings).__name__, text)
-            self._warned = True
+            self._warned.add(text)
 
 
 class Root(OwnHook):
