@@ -19,7 +19,14 @@ from tiny_pipelines import controlnet, scheduler, sdxl
 from libs.adaptors import make_adaptor
 from libs.adaptors.files import save_adaptor
 from libs.errors import UserError
-from libs.pipelines import Clockwork, EncoderPropagation, apply_policy
+from libs.pipelines import (
+    Clockwork,
+    EncoderPropagation,
+    apply_policy,
+    register_normal_pipeline,
+    register_parallel_pipeline,
+)
+from libs.policies.early_exit import EarlyExit
 
 POLICIES = {
     "clockwork": Clockwork(2),
@@ -294,6 +301,9 @@ def in_one_line(make, words: str):
     (lambda: EncoderPropagation("often"), "policy.key_steps='often' is unknown; write every:4"),
     (lambda: EncoderPropagation("0,-1"), "policy.key_steps='0,-1'"),
     (lambda: EncoderPropagation(""), "policy.key_steps=''"),
+    (lambda: EncoderPropagation("\N{SUPERSCRIPT TWO}"), "policy.key_steps='.' is unknown; write every:4"),
+    (lambda: EncoderPropagation("every:\N{SUPERSCRIPT TWO}"), "policy.key_steps='every:.' is unknown; write every:4"),
+    (lambda: EncoderPropagation(parallel="no"), "policy.parallel='no' must be True or False"),
     (lambda: EncoderPropagation(max_parallel=0), r"policy\.max_parallel=0"),
     (lambda: EncoderPropagation(max_parallel=2.5), r"policy\.max_parallel=2\.5 must be a whole number"),
     (lambda: EncoderPropagation(prior_noise="0.003"), r"policy\.prior_noise='0\.003' must be a number"),
@@ -311,6 +321,22 @@ def refused(pipe, policy, words: str, *modules) -> None:
     in_one_line(lambda: apply_policy(pipe, policy), words)
     assert traces(*modules) == before
     assert "step" not in vars(pipe.scheduler)
+
+
+@pytest.mark.parametrize(("policy", "shown"), [
+    ("clockwork", "'clockwork'"), (None, "None"), ({"name": "clockwork"}, r"\{'name': 'clockwork'\}"),
+    (Clockwork, "<class '.*Clockwork'>"), (EarlyExit(), r"EarlyExit\(.*\)"),
+])
+def test_what_is_no_policy(policy, shown):
+    pipe, _ = small()
+    refused(pipe, policy, rf"^apply_policy: {shown} is no policy; give it a Clockwork\(...\) or an "
+            r"EncoderPropagation\(...\)$", pipe.unet)
+
+
+def test_a_unet_is_no_pipeline():
+    pipe, _ = small()
+    in_one_line(lambda: apply_policy(pipe.unet, Clockwork(2)), r"^UNet2DConditionModel is a network, and Clockwork "
+                r"wants the pipeline around it; for a loop of your own there is Clockwork\(...\).attach\(net\)$")
 
 
 def test_depth_that_the_unet_does_not_have():
@@ -354,6 +380,8 @@ def test_pipelines_without_a_unet_that_can_be_served():
     transformer = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4,
                                         num_layers=1, sample_size=8, patch_size=2, num_embeds_ada_norm=10)
     pipe = DiTPipeline(transformer, None, scheduler())
+    for register in (register_parallel_pipeline, register_normal_pipeline):
+        in_one_line(lambda register=register: register(pipe), "DiTPipeline has no UNet, so EncoderPropagation cannot")
     for policy in POLICIES.values():
         refused(pipe, policy, "DiTPipeline has no UNet, so (Clockwork|EncoderPropagation) cannot serve it; what "
                 "applies to it are few-step students", transformer)

@@ -6,8 +6,8 @@ from torch import nn
 
 from ..errors import UserError
 from ..policies.clocks import TimestepsClock
+from ..policies.clockwork import Clockwork
 from ..policies.encoder_propagation import EncoderPropagation
-from ..policies.step_cache import Settings
 from .prior_noise import PriorNoise
 
 
@@ -18,11 +18,11 @@ class Handle:
     stats()     what ran since the policy was applied, see `StepCache.stats`
     """
 
-    def __init__(self, pipe: Any, settings: Settings):
-        unet = getattr(pipe, "unet", None)
-        if not isinstance(unet, nn.Module):
-            raise UserError(f"{type(pipe).__name__} has no UNet, so {type(settings).__name__} cannot serve it; what "
-                            "applies to it are few-step students (distillation) and fewer steps of its sampler")
+    def __init__(self, pipe: Any, settings: Clockwork | EncoderPropagation):
+        if not isinstance(settings, Clockwork | EncoderPropagation):
+            raise UserError(f"apply_policy: {settings!r} is no policy; give it a Clockwork(...) or an "
+                            "EncoderPropagation(...)")
+        unet = unet_of(pipe, type(settings).__name__)
         clock = TimestepsClock(lambda: getattr(getattr(pipe, "scheduler", None), "timesteps", None),
                                lambda: steps_of_part(pipe))
         self.cache = settings.attach(unet, clock)
@@ -51,6 +51,18 @@ class Handle:
         self.disable()
 
 
+def unet_of(pipe: Any, policy: str) -> nn.Module:
+    """The UNet of a pipeline. Raises UserError, which names the policy, where there is none."""
+    unet = getattr(pipe, "unet", None)
+    if isinstance(unet, nn.Module):
+        return unet
+    if isinstance(pipe, nn.Module):
+        raise UserError(f"{type(pipe).__name__} is a network, and {policy} wants the pipeline around it; for a loop of "
+                        f"your own there is {policy}(...).attach(net)")
+    raise UserError(f"{type(pipe).__name__} has no UNet, so {policy} cannot serve it; what applies to it are few-step "
+                    "students (distillation) and fewer steps of its sampler")
+
+
 def steps_of_part(pipe: Any) -> int | None:
     """The steps of a pipeline that makes only the first part of an image (SDXL's `denoising_end`, for a refiner); None
     of one that goes on to the end of its scheduler's list.
@@ -58,11 +70,11 @@ def steps_of_part(pipe: Any) -> int | None:
     return None if getattr(pipe, "denoising_end", None) is None else pipe.num_timesteps
 
 
-def apply_policy(pipe: Any, settings: Settings) -> Handle:
+def apply_policy(pipe: Any, settings: Clockwork | EncoderPropagation) -> Handle:
     """Put a `Clockwork` or an `EncoderPropagation` to work on a diffusers pipeline with a UNet.
 
     It starts afresh with every denoising loop (a new `scheduler.timesteps`, also of another scheduler), whatever
-    happened in the last one. Raises UserError for a pipeline or a UNet that it cannot serve, and for a UNet that has
-    a caching policy already; then nothing was changed.
+    happened in the last one. Raises UserError for what is no such policy, for a pipeline or a UNet that it cannot
+    serve, and for a UNet that has a caching policy already; then nothing was changed.
     """
     return Handle(pipe, settings)

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..policies.clockwork import Clockwork
 from ..policies.encoder_propagation import PAPER_PRIOR_NOISE, EncoderPropagation
 from ..policies.key_steps import PUBLISHED
-from .apply import apply_policy
+from .apply import apply_policy, unet_of
 
 
 def ClockworkWrapper(unet: nn.Module, clock: int = 4) -> nn.Module:
@@ -59,6 +59,7 @@ def seed_everything(seed: int) -> None:
 
 
 def _register(pipe: Any, mod: str | int | None, parallel: bool) -> None:
+    unet_of(pipe, EncoderPropagation.__name__)
     if mod is not None:
         _key_steps(mod)
 

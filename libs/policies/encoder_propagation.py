@@ -40,6 +40,8 @@ class EncoderPropagation:
 
     def __post_init__(self):
         check_key_steps(self.key_steps)
+        if not isinstance(self.parallel, bool):
+            raise UserError(f"policy.parallel={self.parallel!r} must be True or False")
         whole_number("policy.max_parallel", self.max_parallel, 1)
         for name in ("prior_noise", "prior_from"):
             if not isinstance(getattr(self, name), Real):

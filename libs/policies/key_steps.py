@@ -73,6 +73,6 @@ def _scaled(made_for: int, steps: tuple[int, ...], total: int | None, dense: int
 
 
 def _number(part: str, text: str) -> int:
-    if not part.strip().isdigit():
+    if not part.strip().isdecimal():
         raise UserError(f"policy.key_steps={text!r} is unknown; write {FORMS}")
     return int(part)
