@@ -47,12 +47,25 @@ def test_clockwork_wrapper_is_clockwork(make):
         assert torch.equal(image(pipe, kwargs), expected)
     pipe.unet.reset()
     assert torch.equal(image(pipe, kwargs), expected)
-    with pytest.raises(UserError, match="has a caching policy already"):
+    with pytest.raises(UserError, match=r"has a caching policy already \(Clockwork\(clock=4,"):
         ClockworkWrapper(pipe.unet, clock=2)
 
     assert pipe.unet.disable_clockwork() is unet
     assert dict(vars(unet)) == before
     assert torch.equal(image(pipe, kwargs), plain)
+
+
+def test_the_clock_of_a_clockwork_wrapper_may_be_changed():
+    pipe, kwargs = small()
+    with apply_policy(pipe, Clockwork(2)):
+        expected = image(pipe, kwargs)
+    pipe.unet = ClockworkWrapper(pipe.unet, clock=4)
+    image(pipe, kwargs)
+    pipe.unet.clock = 2
+    assert torch.equal(image(pipe, kwargs), expected)
+    pipe.unet.clock = 0
+    with pytest.raises(UserError, match=r"policy\.clock=0 must be at least 1"):
+        image(pipe, kwargs)
 
 
 def test_clockwork_wrapper_with_a_clock_of_1_is_the_unet():

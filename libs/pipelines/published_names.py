@@ -20,10 +20,10 @@ from .apply import apply_policy, unet_of
 def ClockworkWrapper(unet: nn.Module, clock: int = 4) -> nn.Module:
     """`pipe.unet = ClockworkWrapper(pipe.unet, clock=4)`: the same UNet, every clock-th step of which runs in full.
 
-    It is the UNet itself, so its dtype, adapters and configuration are at hand. `reset()` begins a new loop; loops
-    are told apart without it. `unet.disable_clockwork()` gives back the plain UNet.
+    It is the UNet itself, so its dtype, adapters and configuration are at hand. `unet.clock` may be changed later.
+    `reset()` begins a new loop; loops are told apart without it. `unet.disable_clockwork()` gives back the plain UNet.
     """
-    cache = Clockwork(clock=clock).attach(unet)
+    cache = ClockOfUNet(unet, clock).attach(unet)
     added = {"reset": cache.reset, "clock": clock, "disable_clockwork": cache.disable}
     vars(cache.inner).update(added)
 
@@ -33,6 +33,17 @@ def ClockworkWrapper(unet: nn.Module, clock: int = 4) -> nn.Module:
 
     cache.when_disabled(remove)
     return unet
+
+
+class ClockOfUNet(Clockwork):
+    """Clockwork by what the attribute `clock` of `unet` says at each step."""
+
+    def __init__(self, unet: nn.Module, clock: int):
+        super().__init__(clock)
+        object.__setattr__(self, "unet", unet)
+
+    def is_full(self, index: int, total: int | None) -> bool:
+        return Clockwork(self.unet.clock).is_full(index, total)
 
 
 def register_parallel_pipeline(pipe: Any, mod: str | int | None = None) -> None:
