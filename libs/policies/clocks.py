@@ -55,7 +55,8 @@ class TimestepsClock:
 
     The same step again is another branch. Unless a scheduler vouches for the loop, it must be the very same t: another
     tensor of that value may as well be a loop that was broken off and begins again. Then nobody can tell, and
-    `branch` is None until the next loop.
+    `branch` is None until the next loop. A scheduler vouches for a loop of anyone's own too: one that was broken off in
+    its first step must not begin again before another `set_timesteps` or `restart`, else it reuses what that step left.
 
     timesteps   gives the scheduler's tensor; None if there is no scheduler to ask
     steps       gives the number of steps after which the caller ends the loop; None for all to the end of the list
