@@ -8,6 +8,8 @@
         --seeds=0-29999 --out=outputs/eval/coco.json
     python eval.py --config=configs/cifar10_super_resolution.py --checkpoint=runs/super_resolution --images=photos \\
         --config.eval.metrics=psnr --seeds=0-499 --out=outputs/eval/super_resolution.json
+    python eval.py --config=configs/sd15.py --checkpoint=runs/flash_sd15 --prompts=captions.txt --seeds=0-4999 \\
+        --config.eval.reference=photos --out=outputs/eval/flash_sd15.json
     python eval.py --images=outputs/unet --out=outputs/eval/unet_again.json
     python eval.py --config=configs/sd15.py --images=outputs/sd15 --prompts=captions.txt \\
         --config.eval.metrics=clip_score --out=outputs/eval/sd15.json
@@ -17,8 +19,11 @@ was interrupted.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from absl import flags as absl_flags
@@ -31,11 +36,12 @@ from libs.defaults import base_config
 from libs.errors import UserError
 from libs.evaluation import Metrics, Request, score_files, score_seeds
 from libs.files import require_json, write_json
+from libs.generate import Chain
 from libs.image_folder import ImageFolder, fingerprint, image_names, read_chain
 from libs.markdown import markdown_table
 from libs.processes import Processes
 from libs.prompts import prompts_of_files
-from libs.provenance import file_sha256, machine, origin
+from libs.provenance import machine, origin
 from libs.seeds import parse_labels, parse_seeds
 from libs.tables import result_row
 
@@ -46,7 +52,8 @@ FLAGS = ("seeds", "labels", "checkpoint", "keep_images", "images", "prompts", "i
 def define_flags(fv) -> None:
     absl_flags.DEFINE_string("seeds", None, "seeds of the images to score: 0-499", flag_values=fv)
     absl_flags.DEFINE_string("labels", None, "classes, given to the seeds in turn: 3 or 0-9", flag_values=fv)
-    absl_flags.DEFINE_string("checkpoint", None, "released name, file or training folder", flag_values=fv)
+    absl_flags.DEFINE_string("checkpoint", None, "released name, file or training folder; of a pipeline: its student",
+                             flag_values=fv)
     absl_flags.DEFINE_string("keep_images", None, "folder that keeps the images of the seeds", flag_values=fv)
     absl_flags.DEFINE_string("images", None, "score the images of this folder, instead of seeds; with --seeds: what a "
                              "model of images makes its conditions of", flag_values=fv)
@@ -73,64 +80,108 @@ def evaluate(config, flags) -> None:
     print(markdown_table([result_row(result)]))
 
 
+class Opened(NamedTuple):
+    """What makes the images of the seeds, one of two: a chain of our own links, or a diffusers pipeline.
+
+    source   a `Chain` or a `PipelineSampler`
+    shape    (h, w, c) of an image
+    made_by  what decides the image of a seed
+    about    what the result says of it
+    cost     (seeds, labels) -> multiply-adds an image
+    report   (processes or None) -> what a policy says of the images made so far
+    timed    the chain that --benchmark times
+    """
+
+    source: Any
+    shape: tuple[int, int, int]
+    made_by: dict[str, Any]
+    about: dict[str, Any]
+    cost: Callable[[list[int], list[int] | None], dict]
+    report: Callable[..., dict]
+    timed: Chain | None = None
+
+
+def open_chain(config, flags, device) -> Opened:
+    chain, file = build.load_chain(config, flags.checkpoint, device, flags.chosen, flags.prompts, flags.images)
+    steps = config.eval.benchmark_steps or config.sampler.steps
+    timed = replace(chain, ts=build.make_times({**config.sampler, "steps": steps}, chain.denoiser.schedule))
+    made_by = fingerprint(config, file, flags.labels)
+    for shown in chain.contexts, chain.shown:
+        made_by |= {} if shown is None else shown.fingerprint
+    about = {"model": flags.checkpoint or config.checkpoint, "checkpoint_sha256": made_by["checkpoint_sha256"],
+             "sampler": config.sampler.to_dict()}
+    blank = chain.codec.decode(torch.zeros(1, *chain.shape, device=chain.device))  # 1 h w c
+    return Opened(chain, tuple(blank.shape[1:]), made_by, about, partial(gmacs_per_image, chain), chain.policy.report,
+                  timed)
+
+
+def open_pipeline(config, flags, device) -> Opened:
+    from libs.pipelines.loading import CONTROLS  # diffusers takes seconds to import
+    from libs.pipelines.sampling import open_sampler
+
+    if flags.labels is not None:
+        raise UserError(f"--labels={flags.labels} belongs to a config without a pipeline")
+    if flags.benchmark:
+        raise UserError("--benchmark times a chain of a config without a pipeline; sample.py --compare times a "
+                        "pipeline's policy")
+    if any(field in config.pipeline for field in CONTROLS):
+        raise UserError(f"--seeds={flags.seeds}: images that others steer are made by sample.py with --control_image, "
+                        "and scored with --images")
+    sampler = open_sampler(config, flags.prompts, flags.checkpoint, device, chosen=flags.chosen)
+    section = config.pipeline
+    about = {"model": section.student or section.path, "chain": sampler.fingerprint, "sampler": {
+        "name": section.scheduler, "steps": section.steps, "cfg_scale": max(1.0, sampler.cfg_scale)}}  # below 1: none
+    return Opened(sampler, sampler.image_shape, sampler.fingerprint, about,
+                  lambda seeds, labels: sampler.gmacs_per_image(seeds), lambda *_: {})
+
+
 def evaluate_seeds(config, flags) -> dict | None:
     """Generate the seeds' images (or take them from --keep_images), score and cost them."""
     if config is None:
         raise UserError("--config is missing: --seeds needs a model")
     if flags.image_size is not None:
         raise UserError(f"--image_size={flags.image_size} belongs to --images, not to --seeds")
-    if "pipeline" in config:
-        raise UserError(f"--seeds={flags.seeds}: a pipeline's images are made by sample.py and scored with --images")
     seeds = parse_seeds(flags.seeds)
     section = config.eval
     check_benchmark(section.benchmark_rows, section.benchmark_steps, section.benchmark_repeats)
     if section.cost_images < 1:
         raise UserError(f"eval.cost_images={section.cost_images} must be at least 1")
     processes = Processes(cli.choose_device(config.compute.device))
-    chain, source = build.load_chain(config, flags.checkpoint, processes.device, flags.chosen, flags.prompts,
-                                     flags.images)
-    steps = section.benchmark_steps or config.sampler.steps
-    timed = replace(chain, ts=build.make_times({**config.sampler, "steps": steps}, chain.denoiser.schedule))
-    labels = parse_labels(flags.labels, seeds, chain.num_classes)
+    opened = (open_pipeline if "pipeline" in config else open_chain)(config, flags, processes.device)
+    source = opened.source
+    labels = parse_labels(flags.labels, seeds, source.num_classes)
     label_of = dict(zip(seeds, labels, strict=True)) if labels else None
-    blank = chain.codec.decode(torch.zeros(1, *chain.shape, device=chain.device))  # 1 h w c
     metrics = Metrics(Request(
-        section, len(seeds), tuple(blank.shape[1:]), chain.device, config.data, chain.num_classes,
+        section, len(seeds), opened.shape, source.device, config.get("data"), source.num_classes,
         flags.inception_weights, with_reference=processes.is_main, prompts=flags.prompts is not None,
-        shown=chain.shown is not None and chain.shown.of_images))
+        shown=source.shown is not None and source.shown.of_images))
     folder = None
     if flags.keep_images:
-        chain_of = fingerprint(config, source, flags.labels)
-        if chain.contexts is not None:
-            chain_of |= chain.contexts.fingerprint
-        if chain.shown is not None:
-            chain_of |= chain.shown.fingerprint
-        folder = ImageFolder(cli.output_dir(flags.keep_images, "keep_images"), chain_of, "keep_images")
+        folder = ImageFolder(cli.output_dir(flags.keep_images, "keep_images"), opened.made_by, "keep_images")
 
-    own = processes.share(seeds, chain.rows)
-    sampled, seconds = score_seeds(metrics, chain, own, label_of, folder, processes.is_main)
+    own = processes.share(seeds, source.rows)
+    sampled, seconds = score_seeds(metrics, source, own, label_of, folder, processes.is_main)
     measured = metrics.compute(processes)
-    sampled, told = sum(processes.gather(sampled)), chain.policy.report(processes)
+    sampled, told = sum(processes.gather(sampled)), opened.report(processes)
     processes.close()
     if not processes.is_main:
         return None
     few = seeds[:section.cost_images]
-    result = {
-        "model": flags.checkpoint or config.checkpoint, "checkpoint_sha256": file_sha256(source),
-        "config": flags.config, "method": config.policy.to_dict(), "sampler": config.sampler.to_dict(),
-        "compute": config.compute.to_dict(), "nfe": chain.nfe, "rows": chain.rows,
+    result = opened.about | {
+        "config": flags.config, "method": config.policy.to_dict(), "compute": config.compute.to_dict(),
+        "nfe": source.nfe, "rows": source.rows,
         "seeds": flags.seeds, "labels": flags.labels or ("all in turn" if labels else None),
         "prompts": flags.prompts, "images": flags.images, "samples": len(seeds), "metrics": measured,
-        "gmacs_per_image": gmacs_per_image(chain, few, labels and labels[:len(few)]),
+        "gmacs_per_image": opened.cost(few, labels and labels[:len(few)]),
         "sampling": {"images": sampled, "seconds": seconds, "processes": processes.count},
-        "machine": machine(chain.device),
+        "machine": machine(source.device),
     }
     if told and not sampled:  # all images were there: of those whose cost was counted
-        told = chain.policy.report()
+        told = opened.report()
     if told:
         result["policy"] = told
     if flags.benchmark:
-        result["benchmark"] = benchmark(chain, timed, section.benchmark_rows, section.benchmark_repeats)
+        result["benchmark"] = benchmark(source, opened.timed, section.benchmark_rows, section.benchmark_repeats)
     return result
 
 

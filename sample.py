@@ -35,7 +35,6 @@ from libs.files import atomic_path, write_json
 from libs.image_folder import ImageFolder, fingerprint
 from libs.montage import capture_indices, captures, montage
 from libs.processes import Processes
-from libs.prompts import read_prompts
 from libs.seeds import parse_labels, parse_seeds
 
 GRID = 100  # images in grid.png at most
@@ -79,21 +78,14 @@ def open_chain(config, flags, device):
 
 def open_pipeline(config, flags, device):
     """The same of a diffusers pipeline."""
-    from libs.pipelines.sampling import PipelineSampler, check_compare  # diffusers takes seconds to import
+    from libs.pipelines.sampling import check_compare, open_sampler  # diffusers takes seconds to import
 
     for flag in ("labels", "images", "cost", "captures"):
         if getattr(flags, flag):
             raise UserError(f"--{flag}={getattr(flags, flag)} belongs to a config without a pipeline")
-    if flags.checkpoint:
-        if config.pipeline.student:
-            raise UserError(f"--checkpoint={flags.checkpoint}, pipeline.student={config.pipeline.student!r}: of a "
-                            "pipeline both name the student; give one of them")
-        config.pipeline.student = flags.checkpoint
     if flags.compare:
         check_compare(config.policy, flags.out, flags.repeats)
-    if flags.prompts is None:
-        raise UserError("--prompts is missing: a text, a .txt file with one a line, or a .json file of COCO's captions")
-    sampler = PipelineSampler(config, read_prompts(flags.prompts), device, flags.control_image, flags.chosen)
+    sampler = open_sampler(config, flags.prompts, flags.checkpoint, device, flags.control_image, flags.chosen)
     about = {"model": Path(config.pipeline.path).name, "student": config.pipeline.student,
              "sampler": config.pipeline.scheduler, "prompts": flags.prompts, "method": config.policy.to_dict()}
     return sampler, sampler.fingerprint, about, sampler.stats, lambda processes: {}
@@ -142,9 +134,8 @@ def sample(config, flags) -> None:
         else:
             images = folder.load(seeds[:GRID])
             columns = 10 if source.num_classes == 10 and flags.labels is None else 8
-            shown = getattr(source, "shown", None)
-            if shown is not None and shown.of_images:
-                images, columns = shown.beside(seeds[:GRID], images), columns // 2
+            if source.shown is not None and source.shown.of_images:
+                images, columns = source.shown.beside(seeds[:GRID], images), columns // 2
             save_png(out / "grid.png", image_grid(images, columns, upscale=max(1, 32 // images.shape[1])))
         logging.info("%d images of %d evaluations each: %s", len(seeds), source.nfe, flags.out)
     processes.close()

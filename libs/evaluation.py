@@ -244,8 +244,8 @@ class Metrics:
 def score_seeds(metrics: Metrics, chain: Chain, seeds: list[int], label_of: Mapping[int, int] | None = None,
                 folder: ImageFolder | None = None, bar: bool = True) -> tuple[int, float]:
     """Show every seed's image to the metrics once: from `folder` where it is there already, else generated (and
-    kept in `folder`). Prompts and originals are the chain's. Returns the number of images generated and the seconds
-    that took.
+    kept in `folder`). Prompts and originals are the chain's, which may be a `PipelineSampler`. Returns the number of
+    images generated and the seconds that took.
     """
     def labels(batch: list[int]) -> list[int] | None:
         return None if label_of is None else [label_of[seed] for seed in batch]

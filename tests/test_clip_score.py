@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import clip_tokenizer
+from tiny_pipelines import clip_model
 
 import eval as eval_script
 from libs.data.images import save_png
@@ -21,26 +21,7 @@ PROMPTS = ["a cat", "a photo of the red sea", "a blurry dog, a dog, a dog, a dog
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The folder of a CLIP model of 28 x 28 pixels and 16 tokens with random weights."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
-
-    root = tmp_path_factory.mktemp("clip")
-    tokenizer = clip_tokenizer(root / "vocabulary")
-    torch.manual_seed(0)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = CLIPConfig(
-        text_config=small | {"vocab_size": len(tokenizer), "max_position_embeddings": 16,
-                             "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id},
-        vision_config=small | {"image_size": 28, "patch_size": 7}, projection_dim=24)
-    net = CLIPModel(config)
-    for layer in net.modules():  # its own initialisation is so small that all images look alike
-        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
-            torch.nn.init.normal_(layer.weight, std=0.3)
-    net.save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
-    processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    processor.save_pretrained(root / "model")
-    return root / "model"
+    return clip_model(tmp_path_factory.mktemp("clip"))
 
 
 def noise(count, size=28, seed=0):
@@ -185,7 +166,7 @@ def test_images_without_seeds_or_prompts_are_refused(model, run_main, tmp_path):
     ran = run_main(eval_script.main, *argv, f"--images={tmp_path / 'images'}")
     assert ran.stderr.startswith("error: eval.metrics: clip_score needs the prompts of the images; give --prompts")
     ran = run_main(eval_script.main, *argv, "--seeds=0-3")
-    assert ran.stderr.startswith("error: --seeds=0-3: a pipeline's images are made by sample.py and scored with")
+    assert ran.stderr.startswith("error: --prompts is missing: a text, a .txt file with one a line")
     ran = run_main(eval_script.main, "--config=configs/digits_uvit.py", "--seeds=0-3", "--prompts=a cat", argv[1])
     assert ran.stderr.startswith("error: --prompts=a cat: this model takes no text (cond.kind='label')")
 

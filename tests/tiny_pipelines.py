@@ -287,6 +287,28 @@ def clip_text_model(tokenizer, kind: str = "CLIPTextModel"):
     return getattr(transformers, kind)(config).eval()
 
 
+def clip_model(folder):
+    """The path, in `folder`, of a CLIP model of 28 x 28 pixels and 16 tokens with random weights."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    tokenizer = clip_tokenizer(folder / "vocabulary")
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CLIPConfig(
+        text_config=small | {"vocab_size": len(tokenizer), "max_position_embeddings": 16,
+                             "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id},
+        vision_config=small | {"image_size": 28, "patch_size": 7}, projection_dim=24)
+    net = CLIPModel(config)
+    for layer in net.modules():  # its own initialisation is so small that all images look alike
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            torch.nn.init.normal_(layer.weight, std=0.3)
+    net.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor.save_pretrained(folder / "model")
+    return folder / "model"
+
+
 def prompted(folder):
     """Text to image with its own tokenizer and text encoder: `pipe("a cat")` works, and `save_pretrained` too.
 

@@ -19,11 +19,12 @@ from accelerate import PartialState
 from diffusers.utils import logging as diffusers_logging
 from ml_collections import ConfigDict
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..benchmark import synchronize
+from ..cost import MacCounter, countable
 from ..data.folder import list_images
 from ..data.images import image_grid
 from ..errors import UserError, choose
@@ -31,7 +32,7 @@ from ..files import reason
 from ..hub import model_id, quiet
 from ..image_folder import ImageFolder, policy_files
 from ..policies import make_spec
-from ..prompts import prompts_id, prompts_of
+from ..prompts import prompts_id, prompts_of, read_prompts
 from ..provenance import file_sha256, machine
 from .apply import Handle, apply_policy
 from .loading import CONTROLS, load_pipeline
@@ -50,11 +51,13 @@ class PipelineSampler:
     Raises UserError, naming the field, for a model that is not there and for settings that do not exist.
 
     rows         images in one call of the pipeline (twice as many in its network under guidance)
+    network      its UNet or transformer
     nfe          steps of the scheduler's loop, each one call of the network
     fingerprint  what decides the image of a seed, to its last bit on one machine; plain_fingerprint: without the policy
     """
 
     num_classes = 0  # prompts take the place of labels
+    shown = None  # of a chain: images and texts of which its conditioners make conditions
 
     def __init__(self, config: ConfigDict, prompts: Sequence[str], device: torch.device,
                  control: str | None = None, chosen: Collection[str] = ()):
@@ -70,8 +73,9 @@ class PipelineSampler:
         self.cfg_scale = section.guidance
         with quiet(diffusers_logging, transformers_logging):
             self.pipe.to(device, dtype)
+        self.network: nn.Module = getattr(self.pipe, "unet", None) or self.pipe.transformer
         if compute.compile:
-            (getattr(self.pipe, "unet", None) or self.pipe.transformer).compile()
+            self.network.compile()
         self.pipe.scheduler.set_timesteps(section.steps)
         self.nfe = len(self.pipe.scheduler.timesteps)
         if self.spec is not None:
@@ -103,13 +107,49 @@ class PipelineSampler:
         """What the policy ran since it was applied; {} for a plain pipeline."""
         return {} if self.handle is None else self.handle.stats()
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of an image that no other image steers."""
+        default = self.network.config.sample_size * self.pipe.vae_scale_factor
+        return self.section.height or default, self.section.width or default, 3
+
+    def texts(self, seeds: Sequence[int]) -> list[str]:
+        """The prompts that the seeds' images are made from."""
+        return prompts_of(seeds, self.prompts)
+
+    def gmacs_per_image(self, seeds: Sequence[int]) -> dict[str, float]:
+        """Giga multiply-adds of all network calls for one image, as `cost.gmacs_per_image` counts them, over one call
+        of the pipeline for the first `rows` seeds: its policies do the same for every image. Text encoders and
+        autoencoder do not count.
+        """
+        forward, own = self.network.forward, "forward" in vars(self.network)  # that of a policy, if any
+        counters = []
+
+        def counted(*args, **kwargs):
+            counters.append(MacCounter())
+            with counters[-1]:
+                return forward(*args, **kwargs)
+
+        self.network.forward = counted
+        try:
+            with countable(self.network):
+                self.sample(seeds[:self.rows])
+        finally:
+            del self.network.forward
+            if own:
+                self.network.forward = forward
+        unit = 1e9 * self.rows
+        total, attention = (sum(getattr(each, name) for each in counters) for name in ("total", "attention"))
+        return {"with_attention_products": total / unit, "without_attention_products": (total - attention) / unit,
+                "counted_images": self.rows}
+
     def sample(self, seeds: Sequence[int]) -> Tensor:
         """The images of up to `rows` seeds: uint8 (b, h, w, 3) on the host."""
         count = len(seeds)
         assert 0 < count <= self.rows, f"{count} seeds in a group of {self.rows} rows"
         padded = [*seeds, *[seeds[-1]] * (self.rows - count)]
         section = self.section
-        options = {"prompt": prompts_of(padded, self.prompts), "num_inference_steps": section.steps,
+        options = {"prompt": self.texts(padded), "num_inference_steps": section.steps,
                    "guidance_scale": section.guidance, "height": section.height or None,
                    "width": section.width or None}
         if section.negative_prompt:  # SDXL's own default for none is not the empty prompt
@@ -134,6 +174,19 @@ class PipelineSampler:
         for start in range(0, len(seeds), batch_size):
             batch = list(seeds[start:start + batch_size])
             yield batch, torch.cat([self.sample(batch[i:i + self.rows]) for i in range(0, len(batch), self.rows)])
+
+
+def open_sampler(config: ConfigDict, prompts: str | None, student: str | None, device: torch.device,
+                 control: str | None = None, chosen: Collection[str] = ()) -> PipelineSampler:
+    """The `PipelineSampler` of what --prompts, --checkpoint (a student) and --control_image name."""
+    if student:
+        if config.pipeline.student:
+            raise UserError(f"--checkpoint={student}, pipeline.student={config.pipeline.student!r}: of a pipeline both "
+                            "name the student; give one of them")
+        config.pipeline.student = student
+    if prompts is None:
+        raise UserError("--prompts is missing: a text, a .txt file with one a line, or a .json file of COCO's captions")
+    return PipelineSampler(config, read_prompts(prompts), device, control, chosen)
 
 
 def load_with_student(section: ConfigDict, chosen: Collection[str]) -> tuple[Any, dict[str, Path]]:
