@@ -45,8 +45,8 @@ from libs.provenance import machine, origin
 from libs.seeds import parse_labels, parse_seeds
 from libs.tables import result_row
 
-FLAGS = ("seeds", "labels", "checkpoint", "keep_images", "images", "prompts", "image_size", "benchmark",
-         "inception_weights", "out")
+FLAGS = ("seeds", "labels", "checkpoint", "keep_images", "images", "prompts", "fields", "image_size",
+         "benchmark", "inception_weights", "out")
 
 
 def define_flags(fv) -> None:
@@ -55,6 +55,8 @@ def define_flags(fv) -> None:
     absl_flags.DEFINE_string("checkpoint", None, "released name, file or training folder; of a pipeline: its student",
                              flag_values=fv)
     absl_flags.DEFINE_string("keep_images", None, "folder that keeps the images of the seeds", flag_values=fv)
+    absl_flags.DEFINE_string("fields", None, "what else a model's conditions are made of: \"aesthetic_score=6.5; "
+                             "edges=drawings\", numbers or images", flag_values=fv)
     absl_flags.DEFINE_string("images", None, "score the images of this folder, instead of seeds; with --seeds: what a "
                              "model of images makes its conditions of", flag_values=fv)
     absl_flags.DEFINE_string("prompts", None, "of the --seeds of a model of texts, or of --images: a text, a file, or "
@@ -102,7 +104,8 @@ class Opened(NamedTuple):
 
 
 def open_chain(config, flags, device) -> Opened:
-    chain, file = build.load_chain(config, flags.checkpoint, device, flags.chosen, flags.prompts, flags.images)
+    chain, file = build.load_chain(config, flags.checkpoint, device, flags.chosen, flags.prompts, flags.images,
+                                   flags.fields)
     steps = config.eval.benchmark_steps or config.sampler.steps
     timed = replace(chain, ts=build.make_times({**config.sampler, "steps": steps}, chain.denoiser.schedule))
     made_by = fingerprint(config, file, flags.labels)
@@ -119,8 +122,9 @@ def open_pipeline(config, flags, device) -> Opened:
     from libs.pipelines.loading import CONTROLS  # diffusers takes seconds to import
     from libs.pipelines.sampling import open_sampler
 
-    if flags.labels is not None:
-        raise UserError(f"--labels={flags.labels} belongs to a config without a pipeline")
+    for flag in ("labels", "fields"):
+        if getattr(flags, flag) is not None:
+            raise UserError(f"--{flag}={getattr(flags, flag)} belongs to a config without a pipeline")
     if flags.benchmark:
         raise UserError("--benchmark times a chain of a config without a pipeline; sample.py --compare times a "
                         "pipeline's policy")
@@ -171,7 +175,8 @@ def evaluate_seeds(config, flags) -> dict | None:
         "config": flags.config, "method": config.policy.to_dict(), "compute": config.compute.to_dict(),
         "nfe": source.nfe, "rows": source.rows,
         "seeds": flags.seeds, "labels": flags.labels or ("all in turn" if labels else None),
-        "prompts": flags.prompts, "images": flags.images, "samples": len(seeds), "metrics": measured,
+        "prompts": flags.prompts, "images": flags.images, "fields": flags.fields, "samples": len(seeds),
+        "metrics": measured,
         "gmacs_per_image": opened.cost(few, labels and labels[:len(few)]),
         "sampling": {"images": sampled, "seconds": seconds, "processes": processes.count},
         "machine": machine(source.device),
@@ -187,7 +192,7 @@ def evaluate_seeds(config, flags) -> dict | None:
 
 def evaluate_folder(config, flags) -> dict | None:
     """Score the images of --images as they are."""
-    for flag in ("labels", "checkpoint", "keep_images"):
+    for flag in ("labels", "checkpoint", "keep_images", "fields"):
         if getattr(flags, flag) is not None:
             raise UserError(f"--{flag}={getattr(flags, flag)} belongs to --seeds, not to --images")
     if flags.benchmark:

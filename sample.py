@@ -46,6 +46,8 @@ def define_flags(fv) -> None:
     absl_flags.DEFINE_string("labels", None, "classes, given to the seeds in turn: 3 or 0-9", flag_values=fv)
     absl_flags.DEFINE_string("prompts", None, "a text, a file with one a line, COCO's .json, or a folder of "
                              "run_vis features", flag_values=fv)
+    absl_flags.DEFINE_string("fields", None, "what else a model's conditions are made of: \"aesthetic_score=6.5; "
+                             "edges=drawings\", numbers or images", flag_values=fv)
     absl_flags.DEFINE_string("images", None, "folder of images to make conditions of, for super-resolution, inpainting",
                              flag_values=fv)
     absl_flags.DEFINE_string("control_image", None, "a ControlNet's image, or a folder of them", flag_values=fv)
@@ -64,14 +66,16 @@ def open_chain(config, flags, device):
     for flag in ("control_image", "compare"):
         if getattr(flags, flag):
             raise UserError(f"--{flag}={getattr(flags, flag)} belongs to a pipeline, such as configs/sd15.py")
-    chain, checkpoint = build.load_chain(config, flags.checkpoint, device, flags.chosen, flags.prompts, flags.images)
+    chain, checkpoint = build.load_chain(config, flags.checkpoint, device, flags.chosen, flags.prompts, flags.images,
+                                        flags.fields)
     about = {"model": Path(flags.checkpoint or config.checkpoint).name, "sampler": config.sampler.name}
     made_by = fingerprint(config, checkpoint, flags.labels)
     if chain.contexts is not None:
         about["prompts"] = flags.prompts
         made_by |= chain.contexts.fingerprint
     if chain.shown is not None:
-        about |= {name: given for name, given in (("images_folder", flags.images), ("prompts", flags.prompts)) if given}
+        about |= {name: given for name, given in (("images_folder", flags.images), ("prompts", flags.prompts),
+                                                   ("fields", flags.fields)) if given}
         made_by |= chain.shown.fingerprint
     return chain, made_by, about, chain.policy.stats, chain.policy.report
 
@@ -80,7 +84,7 @@ def open_pipeline(config, flags, device):
     """The same of a diffusers pipeline."""
     from libs.pipelines.sampling import check_compare, open_sampler  # diffusers takes seconds to import
 
-    for flag in ("labels", "images", "cost", "captures"):
+    for flag in ("labels", "images", "fields", "cost", "captures"):
         if getattr(flags, flag):
             raise UserError(f"--{flag}={getattr(flags, flag)} belongs to a config without a pipeline")
     if flags.compare:

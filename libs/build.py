@@ -20,6 +20,7 @@ from .conditioners import (
     make_conditioners,
     names_code,
     names_texts,
+    read_given,
     read_images,
 )
 from .contexts import KINDS, Contexts, make_contexts
@@ -247,22 +248,26 @@ def refuse_unguidable(cfg_scale: float, cond: Mapping, conditioners: Conditioner
 
 
 def load_chain(config: ConfigDict, name: str | None, device: torch.device, overrides: Collection[str] = (),
-               prompts: str | None = None, images: str | None = None) -> tuple[Chain, Path]:
+               prompts: str | None = None, images: str | None = None,
+               fields: str | None = None) -> tuple[Chain, Path]:
     """(chain, file) of the checkpoint `name`, or of the config's own.
 
     A student's checkpoint brings its sampler along: it is written into `config`, but for `overrides`.
     prompts: what --prompts names, for a text model, see `make_contexts`; other models are given None.
     images: likewise what --images names, a folder, for conditioners that read images; prompts too, for those that read
         texts.
+    fields: likewise what --fields names, for those that read fields of samples.
     """
     net, description = load_model(config, name)
     adopt_sampler(config, description, overrides)
     adopt_places(config, description, overrides)
     contexts = make_contexts(prompts, description, device)
     _refuse_images(images, description)
+    if fields is not None and description["cond"]["kind"] != "image":
+        raise UserError(f"--fields={fields}: this model has no conditioners that could read them")
     chain = make_chain(config, prepare_backbone(net, config["compute"], device), description, device, contexts)
     if chain.conditioners is not None:
-        _show_inputs(chain, images, prompts, description)
+        _show_inputs(chain, images, prompts, fields, description)
     _warn_of_other_times(chain, description)
     return chain, checkpoints.resolve(name or config["checkpoint"])
 
@@ -287,8 +292,9 @@ def _refuse_images(path: str | None, description: Mapping) -> None:
                         "configs/cifar10_super_resolution.py and configs/cifar10_inpainting.py do")
 
 
-def _show_inputs(chain: Chain, images: str | None, prompts: str | None, description: Mapping) -> None:
-    """Let a chain make its conditions of the images and texts that --images and --prompts name, of both or either."""
+def _show_inputs(chain: Chain, images: str | None, prompts: str | None, fields: str | None,
+                 description: Mapping) -> None:
+    """Let a chain make its conditions of what --images, --prompts and --fields name, of all or some."""
     reads, field = chain.conditioners.reads, chain.conditioners.field
     for flag, text, name, what in (
         ("images", images, "image", "a folder of images"),
@@ -300,4 +306,5 @@ def _show_inputs(chain: Chain, images: str | None, prompts: str | None, descript
             raise UserError(f"--{flag}={text}: this model's conditions ({field}) are made of no {name}")
     image = description["image"]
     data = None if images is None else read_images(images, image["size"], image["channels"]).to(chain.device)
-    chain.show_inputs(data, None if prompts is None else read_prompts(prompts))
+    given = read_given(fields, chain.conditioners.fields, image["size"], image["channels"], chain.device)
+    chain.show_inputs(data, None if prompts is None else read_prompts(prompts), given)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conditioners import Conditioners, Shown
+from .conditioners import Conditioners, GivenFields, Shown
 from .contexts import Contexts
 from .data import ImageData
 from .denoiser import Denoiser, guided, thresholded
 from .errors import UserError
 from .policies import Full
+from .policies.sites import unwrap
 from .random import Stream, normal
 from .samplers import evaluation_times
 
@@ -67,9 +68,15 @@ class Chain:
                             "features to guide against; use 1.0")
         self.contexts = contexts
 
-    def show_inputs(self, data: ImageData | None, prompts: Sequence[str] | None = None) -> None:
-        """Make the conditions of these images, which have the model's size, and of these texts, from now on."""
-        self.shown = Shown(self.conditioners, data, prompts)
+    def show_inputs(self, data: ImageData | None, prompts: Sequence[str] | None = None,
+                    fields: GivenFields | None = None) -> None:
+        """Make the conditions of these images, which have the model's size, and of these texts and fields, from now on.
+        Raises UserError for a field that is not there, and for what the network does not take.
+        """
+        self.shown = Shown(self.conditioners, data, prompts, fields)
+        if self.conditioners.fields:
+            label = torch.zeros(1, dtype=torch.long, device=self.device) if self.num_classes else None
+            self.conditioners.fits(unwrap(self.policy.net), self.shown([0], label), self.shape[1:])
 
     def texts(self, seeds: Sequence[int]) -> list[str] | None:
         """The texts that the seeds' images are made from, as far as they are known."""

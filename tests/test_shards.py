@@ -219,7 +219,10 @@ def test_filters_of_files(tmp_path):
     shard = TarShard(str(write_tar(tmp_path / "a.tar", held)), ShardCache(tmp_path, 0))
     data = open_shards([shard], 8, filters=[present("edge.png")])
     assert numbers(data, torch.arange(3)) == [1, 3, 5]
-    assert data.fields(torch.tensor([1]), "edge.png") == [png(3)]
+    edge, image = data.fields(torch.tensor([1]), "edge.png"), data.batch(torch.tensor([1]))[0]
+    assert torch.equal(edge, image)  # the same picture here: cut, resized and with as many channels as the image
+    mapped = load(shard.address, keys="edge.png", maps="rename edge.png edge; resize 4 edge; rescale edge small")
+    assert mapped.fields(torch.tensor([0, 2]), "small").shape == (2, 3, 4, 4)
     assert len(load(shard.address, keys="txt edge.png")) == 3
     with pytest.raises(UserError, match="has no 'depth'; choose from .*edge.png"):
         data.fields(torch.tensor([1]), "depth")

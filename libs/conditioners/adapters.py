@@ -34,8 +34,9 @@ class Conditioner(ABC):
         (b, tokens, width) for attention      `context`
         (b, c, h, w) beside x                 `concat`
 
-    reads   its input: image ((b, c, H, W) float32 from -1 to 1, RGB), label ((b,) int64), text (b of them), or
-            another name of the inputs that it will be given
+    reads   its input: image ((b, c, H, W) float32 from -1 to 1, RGB), label ((b,) int64), text (b of them), or a field
+            of the training set's samples, such as aesthetic_score or edge.png, see `fields.data_field`: images as
+            `image`, numbers (b,) float32
     rate    unconditional rate: of the rows that training shows without this condition; 0 is never, and then guidance
             does not take it away either
 

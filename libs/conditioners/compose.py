@@ -13,6 +13,7 @@ from ..factory import load_function
 from ..random import Stream
 from ..text import PooledTextEncoder, make_text_encoder
 from .adapters import Conditioner, Draws, Label
+from .fields import INPUTS
 from .tasks import Inpainting, SuperResolution
 from .texts import TextContext, TextVector
 
@@ -39,11 +40,16 @@ class Conditioners:
         self.parts, self.null_label, self.settings = list(parts), null_label, dict(settings or {})
         self.device = torch.device(device)
         self.field = f"{TASK}={self.settings['task']!r}" if self.settings else TASK
-        self._shares: dict[str, list[tuple[Conditioner, int]]] = {}  # of each argument: who gives how much of it
+        self._shares: dict[str, list[tuple[int, int]]] = {}  # of each argument: which part gives how much of it
 
     @property
     def reads(self) -> set[str]:
         return {each.reads for each in self.parts}
+
+    @property
+    def fields(self) -> list[str]:
+        """What they read that only samples of a data set have, such as aesthetic_score."""
+        return sorted(self.reads - {*INPUTS})
 
     @property
     def guidable(self) -> bool:
@@ -59,8 +65,7 @@ class Conditioners:
         made.parts = [copy.copy(each) for each in self.parts]
         for each in made.parts:
             each.rate = 0.0
-        made._shares = {}
-        return made
+        return made  # what it is called with, both know
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], draws: Draws, drop: bool = False) -> dict[str, Tensor]:
@@ -69,9 +74,9 @@ class Conditioners:
         drop: leave conditions out at their rates, as in training. One number decides for all conditioners of a row:
         those of equal rates are left out together, since guidance needs rows that have none.
         """
-        held: dict[str, list[tuple[Conditioner, Tensor]]] = {}
+        held: dict[str, list[tuple[int, Tensor]]] = {}
         left_out = draws.uniform(1, Stream.TRAIN_DROP)[:, 0] if drop else None
-        for each in self.parts:
+        for number, each in enumerate(self.parts):
             if each.reads not in inputs:
                 raise UserError(f"{self.field}: {_name(each)} reads {each.reads!r}, which is not there; choose from "
                                 f"{', '.join(inputs)} (label: where cond.num_classes is set)")
@@ -80,10 +85,10 @@ class Conditioners:
             if left_out is not None and each.rate:
                 rows = (left_out < each.rate).to(out.device, non_blocking=True).view(-1, *[1] * (out.dim() - 1))
                 out = torch.where(rows, self._null(each, out), out)
-            held.setdefault(kind, []).append((each, out))
+            held.setdefault(kind, []).append((number, out))
         cond = {kind: self._joined(kind, [out for _, out in given]) for kind, given in held.items()}
-        self._shares = {kind: [(each, out.shape[JOINED.get(kind, 0)]) for each, out in given]
-                        for kind, given in held.items()}
+        self._shares.update({kind: [(number, out.shape[JOINED.get(kind, 0)]) for number, out in given]
+                             for kind, given in held.items()})
         return cond
 
     @torch.no_grad()
@@ -94,11 +99,11 @@ class Conditioners:
         null = {}
         for kind, value in cond.items():
             if kind not in JOINED:  # labels have one part
-                null[kind] = self._null(self._shares[kind][0][0], value, kept=True)
+                null[kind] = self._null(self.parts[self._shares[kind][0][0]], value, kept=True)
                 continue
-            parts, sizes = zip(*self._shares[kind], strict=True)
-            shares = zip(parts, value.split(sizes, JOINED[kind]), strict=True)
-            null[kind] = torch.cat([self._null(each, share, kept=True) for each, share in shares], JOINED[kind])
+            numbers, sizes = zip(*self._shares[kind], strict=True)
+            shares = zip(numbers, value.split(sizes, JOINED[kind]), strict=True)
+            null[kind] = torch.cat([self._null(self.parts[i], share, kept=True) for i, share in shares], JOINED[kind])
         return null
 
     def _null(self, each: Conditioner, out: Tensor, kept: bool = False) -> Tensor:
@@ -128,15 +133,21 @@ class Conditioners:
         return made
 
     def check(self, net: nn.Module, image: Mapping[str, int], size: tuple[int, int], labelled: bool = False) -> None:
-        """Try one black image, and the empty text: a UserError for what the network does not take.
+        """Try one black image, and the empty text: a UserError for what the network does not take. Where they read
+        fields of samples, nothing can be tried before there is one: see `fits`.
 
         image: a description's section. size: (h, w) of the network's x. labelled: images come with labels.
         """
+        if self.fields:
+            return
         black = -torch.ones(1, image["channels"], image["size"], image["size"], device=self.device)
         inputs = {"image": black, "text": [""]}
         if labelled:
             inputs["label"] = torch.zeros(1, dtype=torch.long, device=self.device)
-        cond = self(inputs, Draws(*torch.zeros(2, 1, dtype=torch.long)))
+        self.fits(net, self(inputs, Draws(*torch.zeros(2, 1, dtype=torch.long))), size)
+
+    def fits(self, net: nn.Module, cond: Mapping[str, Tensor], size: tuple[int, int]) -> None:
+        """Raises UserError where the network does not take `cond`, what a call gave. size: (h, w) of its x."""
         taken = inspect.signature(net.forward).parameters.values()
         if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken):
             for name in cond:

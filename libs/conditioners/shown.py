@@ -1,5 +1,5 @@
-"""The images and texts of which a chain's conditions are made: seed i shows image i modulo their number, and text i
-modulo theirs.
+"""The images, texts and fields of which a chain's conditions are made: seed i shows image i modulo their number, and
+text i modulo theirs.
 """
 
 import hashlib
@@ -19,8 +19,7 @@ from ..prompts import prompts_id, prompts_of
 from ..text import FrozenEncoder
 from .adapters import Draws
 from .compose import Conditioners
-
-READ = 256  # image files decoded at a time
+from .fields import READ, GivenFields, data_field
 
 
 def read_images(path: str, size: int, channels: int) -> ImageData:
@@ -29,22 +28,27 @@ def read_images(path: str, size: int, channels: int) -> ImageData:
 
 
 class Shown:
-    """Images and texts, and the conditions that are made of them; everything random about a seed's is drawn from the
-    seed.
+    """Images, texts and fields, and the conditions that are made of them; everything random about a seed's is drawn
+    from the seed.
 
-    data      images, of which a training set's bring their captions along; None for conditioners that read none
+    data      images, of which a training set's bring their captions and fields along; None for conditioners that read
+              none
     prompts   the texts, in place of captions
-    Raises UserError for conditioners that read texts where there are none.
+    given     the fields, in place of a training set's
+    Raises UserError for conditioners that read texts or fields where there are none.
     """
 
     def __init__(self, conditioners: Conditioners, data: ImageData | ShardData | None = None,
-                 prompts: Sequence[str] | None = None):
-        assert prompts or data is not None, "nothing to make conditions of"
-        self.conditioners, self.data, self.prompts = conditioners, data, prompts
+                 prompts: Sequence[str] | None = None, given: GivenFields | None = None):
+        assert prompts or given or data is not None, "nothing to make conditions of"
+        self.conditioners, self.data, self.prompts, self.given = conditioners, data, prompts, given
         self.of_images = "image" in conditioners.reads
         if "text" in conditioners.reads and prompts is None and not isinstance(data, ShardData):
             raise UserError(f"{conditioners.field}: it reads captions, which this data set has not; choose "
                             "data.name=webdataset or captioned_folder")
+        if conditioners.fields and given is None and not isinstance(data, ShardData):
+            raise UserError(f"{conditioners.field}: it reads the field {conditioners.fields[0]!r}, and this data set's "
+                            "images have none; choose data.name=webdataset or captioned_folder")
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -56,6 +60,8 @@ class Shown:
             encoders = [getattr(each, "encoder", None) for each in self.conditioners.parts]
             held["prompts_sha256"] = prompts_id(self.prompts)
             held["text_encoders"] = [each.id for each in encoders if isinstance(each, FrozenEncoder)]
+        if self.given is not None:
+            held["fields_sha256"] = self.given.fingerprint
         return held
 
     def __call__(self, seeds: Sequence[int], labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -65,6 +71,7 @@ class Shown:
             inputs["text"] = self.texts(seeds)
         if labels is not None:
             inputs["label"] = labels
+        inputs |= {name: self._field(seeds, name) for name in self.conditioners.fields}
         return self.conditioners(inputs, _draws(seeds))
 
     def originals(self, seeds: Sequence[int]) -> Tensor:
@@ -80,6 +87,15 @@ class Shown:
             return prompts_of(seeds, self.prompts)
         with torch.inference_mode(False):
             return self.data.texts(self._indices(seeds))
+
+    def _field(self, seeds: Sequence[int], name: str) -> Tensor | list[Any]:
+        """A field as conditioners read it, see `fields.data_field`; images (b, c, h, w) from -1 to 1."""
+        if self.given is not None:
+            value = self.given(seeds, name)
+        else:
+            with torch.inference_mode(False):
+                value = data_field(self.data, self._indices(seeds), name)
+        return _floats(value) if isinstance(value, Tensor) and value.dtype == torch.uint8 else value
 
     def _indices(self, seeds: Sequence[int]) -> Tensor:
         return torch.tensor([seed % len(self.data) for seed in seeds])

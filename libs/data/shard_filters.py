@@ -2,23 +2,26 @@
 
 A filter takes a `Sample` of the index, before anything is decoded, and returns why it is left out, or None. A map takes
 a sample as a dictionary and returns another: `image` (Pillow), `text` (its first caption), every field of its JSON, and
-every other file of it as bytes under its extension. What makes them raises UserError for arguments that no sample fits.
+every other file of it as bytes under its extension, which a map that needs an image decodes. What makes them raises
+UserError for arguments that no sample fits.
 
     open_shards(shards, filters=[present("json"), at_least("aesthetic_score", 6)], maps=[crop(1024), canny()], ...)
 """
 
+import contextlib
+import io
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import UserError, choose, whole_number
 from .canny import canny as canny_edges
 from .raw import fit_coco
-from .shard_index import Sample
+from .shard_index import Sample, open_image
 
 Fields = dict[str, Any]
 Filter = Callable[[Sample], str | None]
@@ -126,7 +129,16 @@ def read_maps(text: str, field: str = "data.maps") -> list[Map]:
     return maps
 
 
+def as_image(value: Any, where: str) -> Image.Image | None:
+    """The image that a field is, or the file of one, which is called `where`; None for anything else."""
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnidentifiedImageError), Image.open(io.BytesIO(value)):
+            return open_image(value, where)
+    return value if isinstance(value, Image.Image) else None
+
+
 def _field(sample: Fields, name: str, used_by: str) -> Image.Image:
-    if not isinstance(sample.get(name), Image.Image):
+    image = as_image(sample.get(name), f"{sample.get('key', 'a sample')}.{name}")
+    if image is None:
         raise UserError(f"data.maps: {used_by} needs an image {name!r}; {sample['key']} has {', '.join(sample)}")
-    return sample[name]
+    return image

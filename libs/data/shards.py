@@ -22,10 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError
+from .folder import MODES
 from .order import SHARDS_TOGETHER, ShardOrder
 from .parallel import cores
+from .raw import fit_coco
 from .shard_files import CAPTIONS, LeftOut, Shard
-from .shard_filters import Fields, Filter, Map, resize
+from .shard_filters import Fields, Filter, Map, as_image, resize
 from .shard_index import Sample, ShardIndex, load_index, open_image, read_index, read_texts
 from .shard_urls import is_remote
 
@@ -94,17 +96,31 @@ class ShardData:
         return images.to(self.device, non_blocking=True), None
 
     def fields(self, indices: Tensor, name: str) -> Tensor | list[Any]:
-        """Any field of the samples, after the maps: images as uint8 (b, h, w, c) and tensors (b, ...) on the device, or
-        a list of what else they are.
+        """Any field of the samples, after the maps: images, also those of a file of the sample, with the size and the
+        channels of `batch` as uint8 (b, h, w, c), and tensors (b, ...), both on the device, or a list of what else they
+        are.
 
-        Raises UserError where a sample has no such field.
+        Raises UserError where a sample has no such field, an image cannot be read, or tensors differ in size.
         """
         samples = self._samples(indices)
         bare = next((sample for sample in samples if name not in sample), None)
         if bare is not None:
             raise UserError(f"{bare['key']} has no {name!r}; choose from {', '.join(bare)}")
-        values = [_pixels(each[name]) if isinstance(each[name], Image.Image) else each[name] for each in samples]
-        return torch.stack(values).to(self.device) if isinstance(values[0], Tensor) else values
+        values = list(self._pool.map(partial(self._value, name=name), samples))
+        if not all(isinstance(each, Tensor) for each in values):
+            return values
+        sizes = sorted({tuple(each.shape) for each in values})
+        if len(sizes) > 1:
+            raise UserError(f"data.maps: {name!r} is {sizes[0]} in one sample and {sizes[1]} in another; resize before "
+                            "rescale")
+        return torch.stack(values).to(self.device)
+
+    def _value(self, sample: Fields, name: str) -> Any:
+        where = f"{sample['key']}.{name}"
+        image = as_image(sample[name], where)
+        if image is None:
+            return sample[name]
+        return _pixels(fit_coco(image.convert(MODES[self.channels]), self.size, where))
 
     def texts(self, indices: Tensor, draws: Tensor | None = None) -> list[str]:
         """One caption a sample, without decoding its image.

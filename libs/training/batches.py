@@ -7,12 +7,13 @@ the batch is the same however it is cut among processes and parts, and there is 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..codecs import Codec, PixelCodec
-from ..conditioners import Conditioners, Draws, make_conditioners
+from ..conditioners import Conditioners, Draws, data_field, make_conditioners
 from ..contexts import KINDS, DataContexts, refuse_other_kind
 from ..data import ImageData, load_learned
 from ..data.feature_data import FeatureData
@@ -94,10 +95,15 @@ class Batches:
         if isinstance(self.data, FeatureData):
             x_0 = self._latents(draws, held)
         else:
-            if self.flip:
-                held = torch.where(self._chosen(draws, Stream.TRAIN_FLIP, 0.5, held), held.flip(2), held)
+            held = self._flipped(draws, held, 2)
             x_0 = self._encoded(draws, held)
         return Batch(x_0, self._cond(draws, held, indices, labels), positions, self.seed, step)
+
+    def _flipped(self, draws: Batch, images: Tensor, across: int) -> Tensor:
+        """Half of the images mirrored; `across` is the dimension of their width."""
+        if not self.flip:
+            return images
+        return torch.where(self._chosen(draws, Stream.TRAIN_FLIP, 0.5, images), images.flip(across), images)
 
     def _latents(self, draws: Batch, moments: Tensor) -> Tensor:
         return self.codec.encode_moments(moments, self._encoding_noise(draws, moments.chunk(2, dim=1)[0].shape[1:]))
@@ -118,6 +124,7 @@ class Batches:
             inputs = {"image": PixelCodec().encode(images)} | ({"label": labels} if self.cond["num_classes"] else {})
             if "text" in self.conditioners.reads:
                 inputs["text"] = self.data.texts(indices, draws.uniform(Stream.TRAIN_CAPTION))
+            inputs |= {name: self._field(draws, indices, name) for name in self.conditioners.fields}
             seeds = torch.full_like(draws.positions, self.seed)
             return self.conditioners(inputs, Draws(seeds, draws.positions), drop=True)
         if self.cond["kind"] == "label":
@@ -128,6 +135,13 @@ class Batches:
         if self.cond["drop"] > 0:
             value = torch.where(self._chosen(draws, Stream.TRAIN_DROP, self.cond["drop"], value), null, value)
         return {name: value}
+
+    def _field(self, draws: Batch, indices: Tensor, name: str) -> Tensor | list[Any]:
+        """A field of the samples as conditioners read it; images (b, c, h, w) from -1 to 1, mirrored where x_0 is."""
+        value = data_field(self.data, indices, name)
+        if not isinstance(value, Tensor) or value.dim() != 4:
+            return value
+        return self._flipped(draws, PixelCodec().encode(value) if value.dtype == torch.uint8 else value, 3)
 
     def _chosen(self, draws: Batch, stream: Stream, rate: float, value: Tensor) -> Tensor:
         """True in a share `rate` of the rows, fit to choose among those of `value` (b, ...)."""
