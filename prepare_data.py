@@ -11,20 +11,25 @@
     python prepare_data.py text --config=configs/mscoco_uvit_small.py \
         --captions=data/coco/annotations_trainval2014.zip --split=train --out=data/coco256_features
     python prepare_data.py text --config=configs/mscoco_uvit_small.py --prompts=prompts.txt --out=data/coco256_features
+    python prepare_data.py latents --config=configs/sd15.py --images=data/shards --out=data/sd15_features
+    python prepare_data.py text --config=configs/sd15.py --images=data/shards --out=data/sd15_features
     python prepare_data.py webdataset --out=data/emoji_shards data/emoji64
 """
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from absl import flags as absl_flags
 
 from libs import cli
+from libs.build import DTYPES
 from libs.codecs import KLCodec, make_codec
 from libs.data import hold_out, load_section
-from libs.data.feature_data import PARTS
+from libs.data.feature_data import PARTS, RECORDS
 from libs.data.image_files import list_images, open_files
 from libs.data.images import save_png
 from libs.data.lmdb_images import RESAMPLE, pack_images
@@ -36,14 +41,16 @@ from libs.data.shard_cache import CACHE_BYTES, ShardCache, default_folder
 from libs.data.shard_files import FolderShard, TarShard
 from libs.data.shard_filters import at_least
 from libs.data.shard_urls import list_shards
+from libs.data.shards import ShardData
 from libs.defaults import base_config
-from libs.errors import UserError
+from libs.errors import UserError, choose
 from libs.metrics import EXTRACTORS, make_extractor
 from libs.metrics.statistics import reference_statistics
 from libs.processes import Processes
 from libs.prompts import read_prompts
 from libs.text import make_text_encoder
 
+CHUNK = 4  # images of a pipeline, 1024 pixels wide, that its autoencoder encodes at once
 SPLITS = {folder: split for split, folder in PARTS.items()}  # MS-COCO's parts, as the folders are called
 
 
@@ -96,7 +103,10 @@ def held_out(config, flags) -> None:
 
     They are numbered by their places in the data set, and are what eval.py and sample.py take as --images.
     """
-    section = _model_section(config, flags, "data")
+    if "pipeline" in config:
+        raise UserError(f"--config={flags.config}: a pipeline has no data set of its own; take a config with a "
+                        "backbone")
+    section = config.data
     if not section.hold_out:
         raise UserError("--config.data.hold_out=0: training leaves out no image; choose every so-many-th, such as 100")
     images = hold_out(load_section(section), section.hold_out)[1].images
@@ -150,7 +160,8 @@ def define_feature_flags(fv) -> None:
 
 def define_latents_flags(fv) -> None:
     define_feature_flags(fv)
-    absl_flags.DEFINE_string("images", None, "folder of images, or a zip of them", flag_values=fv)
+    absl_flags.DEFINE_string("images", None, "folder of images, or a zip of them; of a pipeline also shards",
+                             flag_values=fv)
     absl_flags.DEFINE_boolean("flips", None, "mirrored images too; default: if the network has labels", flag_values=fv)
     absl_flags.mark_flag_as_required("images", fv)
 
@@ -162,9 +173,12 @@ def latents(config, flags) -> None:
     n01440764_10026.JPEG, guided-diffusion's centre crop, and writes OUT/{i}.npy, mirrored images too. With --captions
     they are those that the captions name, in the order of their id, in OUT/train or OUT/val. Else all images of the
     folder, sorted, without labels. The same command goes on where it stopped; accelerate launch shares the images
-    among GPUs.
+    among GPUs. Of a pipeline's config, --images may also be webdataset shards, or a folder of images with captions.
     """
-    section, cond = _model_section(config, flags, "data"), config.cond
+    if "pipeline" in config:
+        pipeline_latents(config, flags)
+        return
+    section, cond = config.data, config.cond
     if cond.kind == "text" and not flags.captions:
         raise UserError("--captions is missing: cond.kind is text, and the latents stand in the order of the captions' "
                         "images")
@@ -185,6 +199,82 @@ def latents(config, flags) -> None:
     processes.close()
 
 
+def pipeline_latents(config, flags) -> None:
+    from libs.pipelines.model import PipelineCodec  # diffusers takes seconds to import
+
+    if flags.flips:
+        raise UserError("--flips: mirrored images would have no captions; leave it out")
+    processes = Processes(cli.choose_device(config.compute.device))
+    model = _pipeline_model(config)
+    codec = PipelineCodec(model.pipe.vae, processes.device, chunk=CHUNK)
+    folder, made_from = Path(flags.out), {"autoencoder": config.pipeline.path}
+    if flags.captions:
+        folder, pictures = folder / flags.split, _pictures(flags, labelled=False)
+    else:
+        pictures = _samples(config, flags, model.image_size)
+        made_from["samples"] = _same_samples(folder, pictures)
+    written = write_latents(pictures, codec.moments, cli.output_dir(folder), model.image_size, 3, False, made_from,
+                            processes)
+    if processes.is_main:
+        print(f"{folder}: latents of {written:,} images")
+    processes.close()
+
+
+def pipeline_text(config, flags) -> None:
+    if flags.prompts:
+        raise UserError(f"--prompts={flags.prompts}: the previews of a pipeline's student show its captions; give "
+                        "--captions or --images")
+    if (flags.captions is None) == (flags.images is None):
+        raise UserError("give --captions=FILE or --images=SHARDS, one of them")
+    processes = Processes(cli.choose_device(config.compute.device))
+    model = _pipeline_model(config)
+    model.encoders_to(processes.device)
+    root = folder = cli.output_dir(flags.out)
+    made_from = {"text_encoder": config.pipeline.path, "precision": config.compute.precision}
+    if flags.captions:
+        folder, captions = root / flags.split, _coco_texts(flags)
+    else:
+        samples = _samples(config, flags, model.image_size)
+        made_from["samples"], captions = _same_samples(folder, samples), samples.captions()
+    written = write_texts(captions, model.encode_stored, cli.output_dir(folder), made_from, processes)
+    if processes.is_main:
+        write_empty(model.encode_stored([""])[0][0], root)
+        print(f"{folder}: {written:,} captions of {len(captions):,} images")
+    processes.close()
+
+
+def _pipeline_model(config):
+    """The model of a pipeline on the host, for images of the size that distillate.py would take."""
+    from libs.pipelines.model import load_pipeline_model
+
+    dtype = choose("compute.precision", config.compute.precision, DTYPES) or torch.float32
+    size = config.get("data", {}).get("image_size", 0)
+    return load_pipeline_model(dict(config.pipeline) | ({"height": size, "width": size} if size else {}), dtype=dtype)
+
+
+def _samples(config, flags, size: int) -> ShardData:
+    """The images with captions of --images: shards, or a folder of such images; filtered as the config's data section
+    says, where it has one.
+    """
+    folder = Path(flags.images).expanduser()
+    name = "captioned_folder" if folder.is_dir() and not any(folder.glob("*.tar")) else "webdataset"
+    section = dict(config.get("data", base_config().data)) | {"name": name, "path": flags.images, "image_size": size}
+    try:
+        return load_section(section).first(flags.limit)
+    except UserError as error:  # which knows the path by the section's field
+        raise UserError(str(error).replace("data.path", "--images")) from error
+
+
+def _same_samples(folder: Path, samples: ShardData) -> str:
+    """What they are. Raises UserError where the folder holds latents or texts of others, since these go by number."""
+    digest = samples.digest()
+    for record, command in RECORDS.items():
+        if (folder / record).is_file() and json.loads((folder / record).read_text()).get("samples", digest) != digest:
+            raise UserError(f"--out={folder}: what prepare_data.py {command} wrote there is of other images; give the "
+                            "same --images, filters and --limit, or choose another folder")
+    return digest
+
+
 def _pictures(flags, labelled: bool) -> Pictures:
     path = Path(flags.images).expanduser()
     if flags.captions:
@@ -200,6 +290,8 @@ def _pictures(flags, labelled: bool) -> Pictures:
 
 def define_text_flags(fv) -> None:
     define_feature_flags(fv)
+    absl_flags.DEFINE_string("images", None, "instead, of a pipeline: shards, or a folder of images with captions",
+                             flag_values=fv)
     absl_flags.DEFINE_string("prompts", None, "instead: a text, a file with one a line, COCO's captions (.json)",
                              flag_values=fv)
 
@@ -209,15 +301,19 @@ def text(config, flags) -> None:
 
     --captions writes OUT/train/{i}_{k}.npy (or val), caption k of image i in the order of the images' id; --prompts
     writes OUT/run_vis/{j}.npy, the prompts that previews show. Either writes OUT/empty_context.npy, the empty text. The
-    same command goes on where it stopped; accelerate launch shares the captions among GPUs.
+    same command goes on where it stopped; accelerate launch shares the captions among GPUs. Of a pipeline's config,
+    --images names the shards, or the folder, whose captions are encoded.
     """
-    _model_section(config, flags, "cond")
+    if "pipeline" in config:
+        pipeline_text(config, flags)
+        return
+    if flags.images:
+        raise UserError(f"--images={flags.images} belongs to a pipeline's config; give --captions=FILE")
     if (flags.captions is None) == (flags.prompts is None):
         raise UserError("give --captions=FILE or --prompts=FILE, one of them")
     captions = prompts = None
     if flags.captions:
-        listed = read_captions(Path(flags.captions).expanduser(), SPLITS[flags.split])
-        captions = [texts for _, texts in listed[:flags.limit]]
+        captions = _coco_texts(flags)
     else:
         prompts = read_prompts(flags.prompts)[:flags.limit]
     processes = Processes(cli.choose_device(config.compute.device))
@@ -234,6 +330,11 @@ def text(config, flags) -> None:
             write_prompts(prompts, encoder, root)
             print(f"{root / 'run_vis'}: {len(prompts):,} prompts")
     processes.close()
+
+
+def _coco_texts(flags) -> list[list[str]]:
+    listed = read_captions(Path(flags.captions).expanduser(), SPLITS[flags.split])
+    return [texts for _, texts in listed[:flags.limit]]
 
 
 def define_webdataset_flags(fv) -> None:
@@ -269,12 +370,6 @@ def webdataset(config, flags) -> None:
     print(f"{flags.out}: {written.samples:,} images in {written.shards:,} shards, {written.bytes / 1e6:.1f} MB")
     for line in written.left_out.lines():
         print(f"left out: {line}")
-
-
-def _model_section(config, flags, name: str):
-    if "pipeline" in config:
-        raise UserError(f"--config={flags.config}: a pipeline is not trained here; take a config with a backbone")
-    return config[name]
 
 
 COMMANDS = {"stats": cli.Command(stats, define_stats_flags, "optional"),

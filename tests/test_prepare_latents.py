@@ -364,7 +364,8 @@ BAD = [
     (["text", "TEXTED", "--out={}/f", "--prompts=nowhere.txt"], "--prompts=nowhere.txt cannot be read"),
     (["text", "TEXTED", "--out={}/f", "--prompts=a cat", "--config.cond.text_encoder=nowhere"],
      "cond.text_encoder='nowhere'"),
-    (["text", "--config=configs/sd15.py", "--out={}/f", "--prompts=a cat"], "a pipeline is not trained here"),
+    (["text", "--config=configs/sd15.py", "--out={}/f", "--prompts=a cat"],
+     "--prompts=a cat: the previews of a pipeline's student show its captions"),
 ]
 
 

@@ -2,7 +2,8 @@
 
     {i}.npy              an image's moments float32 (2c, h, w), mean then log variance; with a label: (moments, label)
     train/, val/         MS-COCO's parts, with the moments {i}.npy, and {i}_{k}.npy, caption k of image i as the hidden
-                         states (tokens, width) of the text encoder
+                         states (tokens, width) of the text encoder; of a pipeline with more, such as a pooled text or a
+                         mask, (states, vector (d,))
     empty_context.npy    the hidden states of the empty text
     run_vis/{j}.npy      (prompt, hidden states)
 
@@ -70,9 +71,15 @@ class FeatureData:
         return self.captions is not None
 
     @cached_property
+    def text_shapes(self) -> tuple[tuple[int, int], tuple[int] | None]:
+        """(tokens, width) of a text, and (d,) of the vector beside it or None."""
+        context, beside = read_text(Path(self.captions[0][0]))
+        return tuple(context.shape), None if beside is None else tuple(beside.shape)
+
+    @property
     def context_shape(self) -> tuple[int, int]:
         """(tokens, width) of a text."""
-        return tuple(read_context(Path(self.captions[0][0])).shape)
+        return self.text_shapes[0]
 
     @property
     def prompts(self) -> list[tuple[str, Tensor]]:
@@ -110,17 +117,34 @@ class FeatureData:
             floor(draw * n) is taken.
         Raises UserError for a file that is damaged or of another shape than the first one.
         """
-        chosen = [self.captions[i] for i in indices.tolist()]
-        paths = [files[int(draw * len(files))] for files, draw in zip(chosen, draws.tolist(), strict=True)]
+        paths = self._chosen(indices, draws)
         rows = torch.empty(len(paths), *self.context_shape, pin_memory=self.device.type == "cuda")
         list(self._pool.map(_read_context_into, paths, rows.unbind()))  # list: so that errors come here
         return rows.to(self.device, non_blocking=True)
 
-    def check(self, latent_shape: tuple[int, int, int], context_shape: tuple[int, int] | None = None) -> None:
+    def text_conditions(self, indices: Tensor, draws: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `contexts`, and (b, d) what stands beside each; None where nothing does."""
+        read = list(self._pool.map(lambda path: read_text(Path(path)), self._chosen(indices, draws)))
+        for context, beside in read:
+            shapes = tuple(context.shape), None if beside is None else tuple(beside.shape)
+            if shapes != self.text_shapes:
+                raise UserError(f"data.path={self.path!r} holds a text of the shapes {shapes}, others have "
+                                f"{self.text_shapes}")
+        contexts, vectors = zip(*read, strict=True)
+        vectors = None if vectors[0] is None else torch.stack(vectors).to(self.device, non_blocking=True)
+        return torch.stack(contexts).to(self.device, non_blocking=True), vectors
+
+    def _chosen(self, indices: Tensor, draws: Tensor) -> list[str]:
+        """The file of one caption of each image."""
+        files = [self.captions[i] for i in indices.tolist()]
+        return [of_image[int(draw * len(of_image))] for of_image, draw in zip(files, draws.tolist(), strict=True)]
+
+    def check(self, latent_shape: tuple[int, int, int], context_shape: tuple[int, int] | None = None,
+              beside: tuple[int] | None = None) -> None:
         """Raise UserError where the features are not for a network of these shapes.
 
         latent_shape: (c, h, w) of what the network denoises. context_shape: (tokens, width) of the text it sees, None
-            where it sees none.
+            where it sees none. beside: (d,) of the vector beside it, None where it takes none.
         """
         moments, where = self.moments.shape, f"data.path={self.path!r}"
         held = moments[1] // 2, *moments[2:]
@@ -135,9 +159,14 @@ class FeatureData:
         if self.empty_context is None:
             raise UserError(f"{where}: {EMPTY}, the empty text, is missing; python prepare_data.py text writes it")
         for shape in (self.context_shape, tuple(self.empty_context.shape)):
-            if shape != context_shape:
+            if shape != tuple(context_shape):
                 raise UserError(f"{where} holds texts of {_by(shape)} (tokens, width); this network takes "
                                 f"{_by(context_shape)}")
+        beside = beside and tuple(beside)
+        if self.text_shapes[1] != beside:
+            held, wanted = ("none" if each is None else f"one of {each[0]}" for each in (self.text_shapes[1], beside))
+            raise UserError(f"{where}: of the vector beside a text, such as a pooled text, it holds {held}; this network "
+                            f"takes {wanted}")
 
 
 def read_features(root: Path, split: str = "train", cache: bool = True) -> FeatureData:
@@ -172,10 +201,22 @@ def read_features(root: Path, split: str = "train", cache: bool = True) -> Featu
 
 def read_context(path: Path, field: str = "data.path") -> Tensor:
     """A text's hidden states: float32 (tokens, width). Raises UserError, naming `field`, for another file."""
-    context = read_feature(path, field)
-    if not isinstance(context, np.ndarray) or context.ndim != 2 or context.dtype.kind != "f":
-        raise UserError(f"{field}: {path} holds no hidden states (tokens, width) of a text")
-    return torch.from_numpy(context.astype(np.float32))
+    context, beside = read_text(path, field)
+    if beside is not None:
+        raise UserError(f"{field}: {path} holds no hidden states (tokens, width) of a text alone: a pipeline wrote it")
+    return context
+
+
+def read_text(path: Path, field: str = "data.path") -> tuple[Tensor, Tensor | None]:
+    """A text's hidden states, float32 (tokens, width), and the vector (d,) beside them, or None."""
+    held = read_feature(path, field)
+    context, beside = held if isinstance(held, tuple) else (held, None)
+    for part, rank in ((context, 2), (beside, 1)):
+        if part is None and rank == 1:
+            continue
+        if not isinstance(part, np.ndarray) or part.ndim != rank or part.dtype.kind != "f":
+            raise UserError(f"{field}: {path} holds no hidden states (tokens, width) of a text")
+    return tuple(None if part is None else torch.from_numpy(part.astype(np.float32)) for part in (context, beside))
 
 
 def read_prompt_features(folder: Path, field: str = "data.path") -> list[tuple[str, Tensor]]:

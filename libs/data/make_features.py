@@ -21,13 +21,14 @@ from .feature_data import EMPTY, LATENTS_RECORD, PROMPTS, TEXTS_RECORD, read_con
 from .feature_files import write_feature
 from .parallel import cores
 from .pictures import Pictures
+from .shards import ShardData
 
 BATCH = 256  # images whose flips stand behind them
 GROUP = 32  # images or texts that a process works on at once; divides BATCH
 DIGEST = "sha256"  # of the images' names, sizes and times, or of the texts
 
 
-def write_latents(pictures: Pictures, moments: Callable[[Tensor], Tensor], folder: Path, size: int, channels: int,
+def write_latents(pictures: Pictures | ShardData, moments: Callable[[Tensor], Tensor], folder: Path, size: int, channels: int,
                   flips: bool, made_from: dict[str, Any], processes: Processes) -> int:
     """Write `{i}.npy` of each image: its moments, with its label where the pictures have any. Returns their number.
 
@@ -39,7 +40,7 @@ def write_latents(pictures: Pictures, moments: Callable[[Tensor], Tensor], folde
     count = len(pictures)
     groups = [range(start, min(start + GROUP, count)) for start in range(0, count, GROUP)]
     made_from = {**made_from, "images": count, "image_size": size, "flips": flips,
-                 DIGEST: pictures.files.digest(pictures.names)}
+                 DIGEST: pictures.digest()}
     with _Making(folder, LATENTS_RECORD, made_from, processes):
         mine = processes.share(groups, 1)
         files = {group: feature_numbers(group, count, flips) for group in mine}
@@ -70,9 +71,13 @@ def feature_numbers(group: Sequence[int], count: int, flips: bool) -> list[int]:
     return [before + i for i in group] + [before + i + in_batch for i in group]
 
 
-def write_texts(captions: Sequence[Sequence[str]], encoder: Callable[[list[str]], Tensor], folder: Path,
-                made_from: dict[str, Any], processes: Processes) -> int:
-    """Write `{i}_{k}.npy`, the hidden states (tokens, width) of caption k of image i. Returns their number."""
+def write_texts(captions: Sequence[Sequence[str]], encoder: Callable[[list[str]], Tensor | tuple[Tensor, ...]],
+                folder: Path, made_from: dict[str, Any], processes: Processes) -> int:
+    """Write `{i}_{k}.npy`, the hidden states (tokens, width) of caption k of image i. Returns their number.
+
+    encoder: texts -> hidden states (b, tokens, width), or these and a vector (b, d) that stands beside them. Those in
+        fp16 are stored so, others in fp32.
+    """
     texts = [(f"{i}_{k}.npy", text) for i, of_image in enumerate(captions) for k, text in enumerate(of_image)]
     groups = [texts[start:start + GROUP] for start in range(0, len(texts), GROUP)]
     made_from = {**made_from, "texts": len(texts), DIGEST: hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
@@ -81,9 +86,11 @@ def write_texts(captions: Sequence[Sequence[str]], encoder: Callable[[list[str]]
         todo = [group for group in mine if not all((folder / name).exists() for name, _ in group)]
         with _bar("encoding texts", "text", len(texts), mine, todo, processes) as bar:
             for group in todo:
-                rows = encoder([text for _, text in group]).float().cpu().numpy()
-                for (name, _), row in zip(group, rows, strict=True):
-                    write_feature(folder / name, row)
+                made = encoder([text for _, text in group])
+                parts = [each if each.dtype == torch.float16 else each.float()
+                         for each in (made if isinstance(made, tuple) else (made,))]
+                for (name, _), *row in zip(group, *(each.cpu().numpy() for each in parts), strict=True):
+                    write_feature(folder / name, *row)
                 bar.update(len(group) * processes.count)
     return len(texts)
 

@@ -45,6 +45,10 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.names)
 
+    def digest(self) -> str:
+        """SHA-256 of the files' names, sizes and times."""
+        return self.files.digest(self.names)
+
     def decode(self, number: int, size: int, channels: int) -> np.ndarray:
         """Image `number` as uint8 (size, size, channels). Raises UserError for one that is unreadable or too small."""
         name, files = self.names[number], self.files
@@ -79,7 +83,7 @@ class Pictures:
 
     def kept(self, size: int, channels: int) -> Path:
         """The hidden file in which the decoded images are kept, or would be."""
-        return cache_file(self.files.home, self.files.digest(self.names), f"{self.kept_as}_{size}x{channels}")
+        return cache_file(self.files.home, self.digest(), f"{self.kept_as}_{size}x{channels}")
 
     def groups(self, batch_size: int, size: int, channels: int) -> list[range]:
         """The numbers of all images in groups that are worth a task, none of which goes beyond a batch."""

@@ -8,6 +8,8 @@ goes on exactly. `order` keeps the sequence in few shards at a time.
 import contextlib
 import copy
 import dataclasses
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,6 +72,16 @@ class ShardData:
         """(h, w, c) of one image."""
         return self.size, self.size, self.channels
 
+    def first(self, count: int | None) -> "ShardData":
+        """The first samples alone; None takes all."""
+        counts, left = [], len(self) if count is None else count
+        for each in self.counts:
+            counts.append(min(each, left))
+            left -= counts[-1]
+        some = copy.copy(self)
+        some.counts, some.starts = counts, np.cumsum([0, *counts])
+        return some
+
     def order(self, seed: int) -> ShardOrder:
         """positions (b,) -> indices (b,), both int64: which sample stands where in the training sequence."""
         return ShardOrder(self.counts, seed, self.together, self._fetch)
@@ -121,6 +133,27 @@ class ShardData:
         if image is None:
             return sample[name]
         return _pixels(fit_coco(image.convert(MODES[self.channels]), self.size, where))
+
+    def decoded(self, groups: Sequence[Sequence[int]], size: int, channels: int,
+                workers: int = 0) -> Iterator[np.ndarray]:
+        """As `Pictures.decoded`, of images of this size and channels."""
+        assert (size, size, channels) == self.image_shape, (size, channels)
+        for group, following in zip(groups, [*groups, ()][1:], strict=True):
+            images = self.batch(torch.tensor(group))[0]
+            self.prefetch(torch.tensor(following, dtype=torch.long))
+            yield images.cpu().numpy()
+
+    def captions(self) -> list[list[str]]:
+        """All captions of all samples."""
+        return list(self._pool.map(self._captions, range(len(self))))
+
+    def digest(self) -> str:
+        """SHA-256 of the samples' names and files, where and how long these are."""
+        found = hashlib.sha256()
+        for number in range(len(self)):
+            shard, sample = self._locate(number)
+            found.update(json.dumps([shard.address, sample.key, sample.members]).encode())
+        return found.hexdigest()
 
     def texts(self, indices: Tensor, draws: Tensor | None = None) -> list[str]:
         """One caption a sample, without decoding its image.

@@ -1,7 +1,8 @@
 """Flash Diffusion on a diffusers pipeline (2406.02347): images with captions teach a LoRA, or the whole network.
 
 Images and captions come from webdataset shards or a folder; the pipeline's own text encoders and autoencoder turn them
-into what its network sees. WORKDIR/student is what pipelines load; beside it are the checkpoints of the training.
+into what its network sees, in training or beforehand (prepare_data.py latents and text). WORKDIR/student is what
+pipelines load; beside it are the checkpoints of the training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,10 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from ..build import DTYPES, make_denoiser, make_times
+from ..contexts import FIRST
 from ..data import load_learned
 from ..data.canny import canny
+from ..data.feature_data import FeatureData
 from ..data.shards import ShardData
 from ..errors import UserError, choose
 from ..generate import Chain
@@ -29,7 +32,8 @@ from ..training import Batch, Batches, Run, choose_precision
 from .flash_stages import Stage
 from .flash_training import FlashSetup, FlashTrainer, refuse_other_weights
 
-CAPTIONED = ("webdataset", "captioned_folder")  # data sets that can teach a pipeline
+CAPTIONED = ("webdataset", "captioned_folder", "features")  # data sets that can teach a pipeline
+ALIKE = 0.05  # relative distance of one text's hidden states in two precisions, at most
 
 
 class Captions:
@@ -47,14 +51,45 @@ class Captions:
         cond = self.model.encode(texts)
         return cond | self.model.adapt(edges_of(images)) if self.steered else cond
 
+    def of_data(self, indices: Tensor, draws: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """Conditions of samples, of whose captions `draws` (b,) chooses; `images` are as they are shown."""
+        with torch.inference_mode(False):  # the mode is one thread's, and threads read the files
+            texts = self.data.texts(indices, draws)
+        return self(texts, images)
+
     def conditions(self, seeds: Sequence[int]) -> dict[str, Tensor]:
         indices = torch.tensor([seed % len(self.data) for seed in seeds])
-        with torch.inference_mode(False):  # the mode is one thread's, and threads read the files
-            texts, images = self.data.texts(indices), self.data.batch(indices)[0]
-        return self(texts, images)
+        with torch.inference_mode(False):
+            images = self.data.batch(indices)[0]
+        return self.of_data(indices, torch.full((len(seeds),), FIRST, dtype=torch.float64), images)
 
     def unconditional(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.model.null(cond)
+
+
+class StoredCaptions(Captions):
+    """The same of features that prepare_data.py has written of images with captions. No text is encoded but the
+    unconditional one, once.
+    """
+
+    def __init__(self, model: PipelineModel, data: FeatureData):
+        super().__init__(model, data)
+        where = f"data.path={data.path!r}"
+        if self.steered:
+            raise UserError(f"{where} holds latents, and a T2I-Adapter is steered by edges of images; choose "
+                            "data.name=webdataset")
+        context, beside = (*model.encode_stored([""]), None)[:2]
+        data.check(model.codec.latent_shape(model.image_size, 3), context.shape[1:],
+                   None if beside is None else beside.shape[1:])
+        apart = (data.empty_context - context[0].to(data.empty_context)).norm() / data.empty_context.norm()
+        if apart > ALIKE:
+            raise UserError(f"{where}: its empty text is that of another text encoder than the pipeline's")
+        model.null(model.stored(context, beside))  # encodes the unconditional text
+
+    def of_data(self, indices: Tensor, draws: Tensor, images: Tensor) -> dict[str, Tensor]:
+        with torch.inference_mode(False):
+            held = self.data.text_conditions(indices, draws)
+        return self.model.stored(*held)
 
 
 def edges_of(images: Tensor) -> Tensor:
@@ -71,7 +106,7 @@ class CaptionBatches(Batches):
         self.captions = captions
 
     def _cond(self, draws: Batch, images: Tensor, indices: Tensor, labels: None) -> dict[str, Tensor]:
-        return self.captions(self.data.texts(indices, draws.uniform(Stream.TRAIN_CAPTION)), images)
+        return self.captions.of_data(indices, draws.uniform(Stream.TRAIN_CAPTION), images)
 
 
 class PipelineTrainer(FlashTrainer):
@@ -122,8 +157,8 @@ def distil_pipeline(config: ConfigDict, stages: list[Stage], run: Run, began: fl
     processes: Processes = run.processes
     section, precision = config.pipeline, choose_precision(config)
     if config.data.name not in CAPTIONED:
-        raise UserError(f"--config.data.name={config.data.name}: a pipeline learns from images with captions; choose "
-                        f"from {', '.join(CAPTIONED)}")
+        raise UserError(f"--config.data.name={config.data.name}: a pipeline learns from images with captions, or "
+                        f"features of them; choose from {', '.join(CAPTIONED)}")
     encoders = choose("--config.distill.text_encoder_device", config.distill.text_encoder_device, ("auto", "cpu"))
     saved = run.resume()
     if saved is not None and saved.step >= config.train.steps:
@@ -139,11 +174,12 @@ def distil_pipeline(config: ConfigDict, stages: list[Stage], run: Run, began: fl
     config = config.copy_and_resolve_references()  # the run knows what the command said, and goes on with that
     config.data.image_size = model.image_size
     data = load_learned(config.data).to(processes.device)
-    if encoders != "auto":
-        model.encoders_to(encoders)
+    captions = (StoredCaptions if isinstance(data, FeatureData) else Captions)(model, data)
+    if encoders != "auto" or isinstance(data, FeatureData):  # that leaves them nothing more to do
+        model.encoders_to("cpu")
     setup = FlashSetup(config, stages, model.net, model.description, section.path, model.codec, model.null, precision,
                        processes.device)
-    trainer = PipelineTrainer(config, run, setup, precision, Captions(model, data))
+    trainer = PipelineTrainer(config, run, setup, precision, captions)
     trainer.restore(saved)
     return trainer.train(data, began)
 

@@ -100,9 +100,22 @@ class PipelineModel:
                 cond = self.family.encode(self.pipe, part + [""] * (CHUNK - len(part)), self.text_device)
             parts.append({name: value[:len(part)] for name, value in cond.items()})
         cond = {name: torch.cat([part[name] for part in parts]).to(self.device) for name in parts[0]}
-        for name, numbers in self.family.sizes(self.net.inner, self.image_size).items():
-            cond[name] = torch.tensor(numbers, dtype=torch.float32, device=self.device).repeat(len(texts), 1)
-        return cond | sizes
+        return cond | self.sizes(len(texts)) | sizes
+
+    def sizes(self, count: int) -> dict[str, Tensor]:
+        """The conditions, (count, ...) each, of square images of `image_size` pixels, uncropped."""
+        return {name: torch.tensor(numbers, dtype=torch.float32, device=self.device).repeat(count, 1)
+                for name, numbers in self.family.sizes(self.net.inner, self.image_size).items()}
+
+    def encode_stored(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Those conditions of texts alone, the context first: what is stored of them; see `stored`."""
+        cond = self.encode(texts)
+        return tuple(cond[name] for name in ("context", self.family.beside) if name)
+
+    def stored(self, context: Tensor, beside: Tensor | None) -> dict[str, Tensor]:
+        """The conditions again, (b, ...) each, of what `encode_stored` gave."""
+        held = {"context": context, **({} if beside is None else {self.family.beside: beside})}
+        return {name: each.to(self.device) for name, each in held.items()} | self.sizes(len(context))
 
     def null(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The unconditional counterpart of `cond`: another text, or zeros, with the same sizes and adapter features."""
@@ -154,10 +167,12 @@ class Family:
     net     the adapter of its network
     encode  (pipe, texts, device) -> the conditions of texts, by the pipeline's own `encode_prompt`
     sizes   (network, pixels) -> the conditions, as numbers, of a square image of that size
+    beside  the condition, (b, d), that `encode` gives beside the context, if any
     """
 
     net: type[PipelineNet]
     encode: Callable[[Any, list[str], torch.device], dict[str, Tensor]]
+    beside: str = ""
     sizes: Callable[[nn.Module, int], dict[str, list[float]]] = lambda net, size: {}
 
 
@@ -190,14 +205,14 @@ def _pixart_sizes(net: nn.Module, size: int) -> dict[str, list[float]]:
 
 
 _SD = Family(StableDiffusionNet, _encode_sd)
-_SDXL = Family(StableDiffusionNet, _encode_sdxl, _sdxl_sizes)
+_SDXL = Family(StableDiffusionNet, _encode_sdxl, "pooled", _sdxl_sizes)
 FAMILIES = {
     "StableDiffusionPipeline": _SD,
     "StableDiffusionAdapterPipeline": _SD,
     "StableDiffusionXLPipeline": _SDXL,
     "StableDiffusionXLAdapterPipeline": _SDXL,
-    "PixArtAlphaPipeline": Family(PixArtNet, _encode_pixart, _pixart_sizes),
-    "StableDiffusion3Pipeline": Family(StableDiffusion3Net, _encode_sd3),
+    "PixArtAlphaPipeline": Family(PixArtNet, _encode_pixart, "mask", _pixart_sizes),
+    "StableDiffusion3Pipeline": Family(StableDiffusion3Net, _encode_sd3, "pooled"),
 }
 
 
