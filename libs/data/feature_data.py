@@ -165,8 +165,8 @@ class FeatureData:
         beside = beside and tuple(beside)
         if self.text_shapes[1] != beside:
             held, wanted = ("none" if each is None else f"one of {each[0]}" for each in (self.text_shapes[1], beside))
-            raise UserError(f"{where}: of the vector beside a text, such as a pooled text, it holds {held}; this network "
-                            f"takes {wanted}")
+            raise UserError(f"{where}: of the vector beside a text, such as a pooled text, it holds {held}; this "
+                            f"network takes {wanted}")
 
 
 def read_features(root: Path, split: str = "train", cache: bool = True) -> FeatureData:

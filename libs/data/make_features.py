@@ -28,8 +28,8 @@ GROUP = 32  # images or texts that a process works on at once; divides BATCH
 DIGEST = "sha256"  # of the images' names, sizes and times, or of the texts
 
 
-def write_latents(pictures: Pictures | ShardData, moments: Callable[[Tensor], Tensor], folder: Path, size: int, channels: int,
-                  flips: bool, made_from: dict[str, Any], processes: Processes) -> int:
+def write_latents(pictures: Pictures | ShardData, moments: Callable[[Tensor], Tensor], folder: Path, size: int,
+                  channels: int, flips: bool, made_from: dict[str, Any], processes: Processes) -> int:
     """Write `{i}.npy` of each image: its moments, with its label where the pictures have any. Returns their number.
 
     moments: uint8 (b, h, w, c) -> (b, 2c', h', w').
