@@ -277,11 +277,12 @@ def _warn_of_other_times(chain: Chain, description: Mapping) -> None:
     own = sampled_times(description, chain.denoiser.schedule)
     if own is None or len(own) == chain.denoiser.schedule.steps:  # trained at every time
         return
-    jumps = description["sampler"]["name"] == "lcm"  # from any of its times onto data; others step to the next one
+    name = {**base_config().sampler, **description["sampler"]}["name"]
+    jumps = name == "lcm"  # from any of its times onto data; others step to the next one
     known = torch.isclose(chain.times[:, None], own).any(1).all() if chain.times.ndim == 1 else True
     if not known or (not jumps and len(chain.times) != len(own)):
         logging.warning("this checkpoint is a student of %d steps of %s; %d of %s ask it for what it did not learn",
-                        len(own), description["sampler"]["name"], len(chain.times), chain.sampler.func.__name__)
+                        len(own), name, len(chain.times), chain.sampler.func.__name__)
 
 
 def _refuse_images(path: str | None, description: Mapping) -> None:

@@ -55,7 +55,7 @@ def teacher_rollout(teacher: Teacher, x: Tensor, starts: Tensor, ts: Tensor, sch
     index = ranks.to(x.device, non_blocking=True)
     x, teacher, starts = x[index], teacher.of(index), starts[ranks]
     before = x[:0]  # the teacher's last estimates of x_0, of the rows that had begun by then
-    lambdas, alphas, sigmas = schedule.lambda_(ts), schedule.alpha(ts), schedule.sigma(ts)
+    alphas, sigmas, lambdas = schedule.on_grid(ts)
     for i in range(int(starts[0]), len(ts) - 1):
         begun, known = int(torch.searchsorted(starts, i, right=True)), len(before)
         x_t = x[:begun]
