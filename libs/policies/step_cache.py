@@ -1,7 +1,6 @@
 """The running policy behind `Clockwork` and `EncoderPropagation`: which calls reuse, and the memory of what."""
 
 import inspect
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,18 +10,16 @@ from absl import logging
 from torch import Tensor, nn
 
 from ..adaptors import DeepFeatures
-from ..errors import UserError, is_out_of_memory
+from ..errors import UserError
 from .clocks import AnnouncedClock, Position, TimestepsClock
 from .control import ControlReplay
+from .decoding import Ahead, ParallelDecoding, condition_of
 from .full import Full
 from .hooks import Deep, Mode, OwnHook, SiteHook, attach, outside, through
 from .sites import Sites, sites, unwrap
-from .trees import equal, map_beside, own_copy, own_lists, repeat_argument, signature, tensor_map
+from .trees import map_beside, own_copy, own_lists, signature
 
 ROOT = "step_cache"  # name of the hook on the network itself
-BATCHED = ("encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask", "added_cond_kwargs",
-           "down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals",
-           "encoder_attention_mask", "y", "context", "guidance", "concat", "vector")  # arguments with one row an image
 
 
 class Settings(Protocol):
@@ -51,15 +48,14 @@ class Branch:
     buffers      hook -> what it remembers
     signature    shape, dtype and device of the input that they belong to; None while there are none
     last_full    index of the last full step; gap: steps between it and the one before
-    outputs      step -> output that a decoder batch made ahead of time
+    ahead        outputs that a decoder batch made ahead of time
     """
 
     buffers: dict[SiteHook, Any] = field(default_factory=dict)
     signature: tuple | None = None
     last_full: int = 0
     gap: int = 0
-    outputs: dict[int, Any] = field(default_factory=dict)
-    condition: tuple[Any, ...] = ()  # what those outputs depend on beside the features
+    ahead: Ahead = field(default_factory=Ahead)
 
 
 @dataclass
@@ -94,8 +90,8 @@ class StepCache(Full):
         self.mode, self.loop = Mode(), 0
         self.branches: dict[int, Branch] = {}
         self.controls: list[ControlReplay] = []
-        self.parallel, self.window = settings.parallel, settings.max_parallel
-        self.counts = dict.fromkeys(("full_calls", "reuse_calls", "decoder_batches", "decoded_steps", "loops"), 0)
+        self.decoding = ParallelDecoding(self.names, settings.is_full, settings.max_parallel, self._warn)
+        self.counts = dict.fromkeys(("full_calls", "reuse_calls", "loops"), 0)
         self._ratios: dict[tuple, Tensor] = {}
         self._warned: set[str] = set()
         self._detach: list[Callable[[], None]] = []
@@ -147,7 +143,7 @@ class StepCache(Full):
         """Let a ControlNet beside the network run on key steps only and repeat its residuals on the others."""
         # The clock is asked for anew at each call: `start` exchanges it.
         hook = ControlReplay(lambda *args, **kwargs: self.clock.at(*args, **kwargs), self.settings.is_full,
-                             self._drop_outputs)
+                             self._drop_ahead)
         self._detach.append(attach(module, hook, "step_cache_control"))
         self.controls.append(hook)
 
@@ -163,7 +159,7 @@ class StepCache(Full):
         them, whether they were asked for or not; loops: denoising loops begun.
         """
         control = {"control_calls": sum(hook.calls for hook in self.controls)} if self.controls else {}
-        return {**super().stats(), **self.counts, **control}
+        return {**super().stats(), **self.counts, **self.decoding.counts, **control}
 
     def disable(self) -> nn.Module:
         """Take the hooks off. The network is then what it was before, bit for bit."""
@@ -191,18 +187,17 @@ class StepCache(Full):
             self.mode.reuse = plan.reuse
             out = forward(**own_lists(plan.given))
             self._done(plan)
-            if self.parallel and not plan.reuse and plan.branch is not None:
-                self._recall(plan)
-                self.mode.reuse = True
+            if self.settings.parallel and not plan.reuse and plan.branch is not None:
                 steps = self._steps_ahead(plan)
+                self.mode.reuse = True
                 while steps:
-                    window = steps[:self.window]
+                    window = steps[:self.decoding.window]
                     try:
                         decoded = forward(**self._widened(plan, window))
                     except (RuntimeError, MemoryError) as error:
-                        self._shrink_window(error, window)
+                        self.decoding.shrink(error, window)
                         continue
-                    self._keep_outputs(plan, window, decoded)
+                    self._keep_ahead(plan, window, decoded)
                     steps = steps[len(window):]
         except BaseException:
             self._forget(plan)  # half-made features are none
@@ -223,8 +218,8 @@ class StepCache(Full):
         full = self.settings.is_full(where.index, where.total)  # refuses key steps that this loop does not have
         plan = Plan(given, where, branch, reuse=not full and branch is not None and branch.signature is not None)
         if plan.reuse:
-            if self.parallel and self._same_condition(given, branch):
-                plan.stored = branch.outputs.pop(where.index, None)
+            if self.settings.parallel:
+                plan.stored = self.decoding.take(branch.ahead, where.index, self._condition(given))
             if plan.stored is None:
                 self._recall(plan)
             else:
@@ -284,7 +279,7 @@ class StepCache(Full):
             hook.fresh = hook.memory = None
         branch.gap = where.index - branch.last_full
         branch.last_full = where.index
-        branch.outputs.clear()
+        branch.ahead.outputs.clear()
 
     def _keep_deep(self, hook: Deep, branch: Branch) -> None:
         r_out, r_in = hook.fresh
@@ -325,77 +320,27 @@ class StepCache(Full):
 
     @outside
     def _steps_ahead(self, plan: "Plan") -> list[int]:
-        """The steps up to the next key step, none of which depends on its x_t."""
-        where = plan.where
-        if where.times is None:
-            raise UserError("policy.parallel=True needs the times to come, which this network's caller does not give; "
-                            "use apply_policy(pipe, ...), start(times), or parallel=False")
-        plan.branch.condition = self._condition(plan.given)
-        ahead = range(where.index + 1, where.total)
-        return list(itertools.takewhile(lambda step: not self.settings.is_full(step, where.total), ahead))
+        """The steps to decode after this full call, whose features are laid out for them."""
+        steps = self.decoding.steps(plan.where)
+        plan.branch.ahead.condition = self._condition(plan.given)
+        self._recall(plan)
+        return steps
 
     @outside
     def _widened(self, plan: "Plan", window: list[int]) -> dict:
-        """Arguments of one call that decodes the k steps of `window`: k b rows, one step after another."""
-        given, times = plan.given, plan.where.times[window[0]:window[-1] + 1]
-        sample, timestep = given[self.names[0]], given[self.names[1]]
-        k, b = len(window), len(sample)
-        refuse_unbatchable(given)
-        wide = {name: repeat_argument(value, k) if name in BATCHED else value for name, value in given.items()}
-        wide[self.names[0]] = sample.repeat(k, *[1] * (sample.dim() - 1))  # its values do not matter
-        times = times.to(sample.device, timestep.dtype if isinstance(timestep, Tensor) else times.dtype)
-        rows = times.repeat_interleave(b) if times.dim() == 1 else times.repeat(1, b // times.shape[1]).flatten()
-        wide[self.names[1]] = rows
-        return wide
+        return self.decoding.widened(plan.given, plan.where, window)
 
     @outside
-    def _keep_outputs(self, plan: "Plan", window: list[int], decoded: Any) -> None:
-        b = len(plan.given[self.names[0]])
-        for i, step in enumerate(window):
-            plan.branch.outputs[step] = tensor_map(lambda x, i=i: x[i * b:(i + 1) * b].clone(), decoded)
-        self.counts["decoder_batches"] += 1
-        self.counts["decoded_steps"] += len(window)
-
-    @outside
-    def _shrink_window(self, error: Exception, window: list[int]) -> None:
-        if not is_out_of_memory(error) or len(window) == 1:
-            raise error
-        self.window = len(window) // 2
-        self._warn(f"a decoder batch of {len(window)} steps does not fit in memory; going on with "
-                   f"max_parallel={self.window}")
-
-    def _same_condition(self, given: dict, branch: Branch) -> bool:
-        """Whether the outputs made ahead are still those of this call; if a callback changed the prompt or LoRA's
-        scale, they go.
-
-        `start` announces a loop of one condition, so there only shapes are looked at: values would make the host wait
-        for the device, since guidance and casts put the condition together anew at each call.
-        """
-        same = all(map(equal, branch.condition, self._condition(given)))
-        if not same:
-            branch.outputs.clear()
-        return same
-
-    def _drop_outputs(self) -> None:
-        """Steps that were decoded ahead were so with other residuals."""
-        for branch in self.branches.values():
-            branch.outputs.clear()
+    def _keep_ahead(self, plan: "Plan", window: list[int], decoded: Any) -> None:
+        self.decoding.keep(plan.branch.ahead, window, decoded, len(plan.given[self.names[0]]))
 
     def _condition(self, given: dict) -> tuple[Any, ...]:
-        """What an output depends on beside the features and the time.
+        return condition_of(given, isinstance(self.clock, AnnouncedClock), bool(self.controls))
 
-        Of what is made anew for each step only the shapes, lest the host waits for the device to compare it: an
-        adapter's residuals are copies of one another, and a ControlNet that we replay tells when they change.
-        """
-        made_anew = {"down_intrablock_additional_residuals"}
-        if isinstance(self.clock, AnnouncedClock):
-            made_anew.update(BATCHED)
-        elif self.controls:
-            made_anew |= {"down_block_additional_residuals", "mid_block_additional_residual"}
-        # cross_attention_kwargs: LoRA's scale, in a copy that stays as it is; tensors in it are refused elsewhere.
-        made_anew.add("cross_attention_kwargs")
-        return tuple(tensor_map(lambda x: x.shape, given.get(name)) if name in made_anew else given.get(name)
-                     for name in (*BATCHED, "cross_attention_kwargs"))
+    def _drop_ahead(self) -> None:
+        """Steps that were decoded ahead were so with other residuals."""
+        for branch in self.branches.values():
+            branch.ahead.outputs.clear()
 
     def _warn(self, text: str) -> None:
         if text not in self._warned:
@@ -413,13 +358,3 @@ class Root(OwnHook):
     @through
     def new_forward(self, module: nn.Module, *args, **kwargs):
         return self.cache.call(self.fn_ref.original_forward, args, kwargs)
-
-
-def refuse_unbatchable(given: dict) -> None:
-    """Raise a UserError for arguments whose rows nobody can repeat."""
-    extra = given.get("cross_attention_kwargs") or {}
-    tensors: list[Tensor] = []
-    tensor_map(tensors.append, dict(extra))
-    if tensors:
-        raise UserError(f"policy.parallel=True: cross_attention_kwargs with tensors ({', '.join(extra)}) cannot be "
-                        "decoded in one batch; use parallel=False")
