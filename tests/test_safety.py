@@ -9,7 +9,8 @@ import torch
 
 from libs.errors import UserError
 from libs.pipelines import safety
-from libs.pipelines.safety import CHECKS, TOOLS, Running, Tool
+from libs.pipelines.peers import TOOLS, Running, Tool
+from libs.pipelines.safety import CHECKS
 
 
 def leaky(pipe) -> Running:
