@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from .errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]  # the repository: config paths are also looked up here
+MODEL = ("backbone", "schedule", "denoiser", "cond", "codec")  # sections that a checkpoint's description replaces
 
 
 def load(argument: str) -> ConfigDict:
@@ -47,12 +48,20 @@ def load(argument: str) -> ConfigDict:
 
 
 def method_fields(argument: str) -> frozenset[str]:
-    """Paths of the fields that the methods of `PATH[:methods]` set; see `load`."""
+    """Paths of the fields that the methods of `PATH[:methods]` set; see `load`.
+
+    Without those of methods that say what the model is (`cosine`, an emoji config's `text`): that its guidance is 2
+    is no wish of the user's, which a student without guidance would have to refuse.
+    """
     name, _, methods = argument.partition(":")
-    if not methods:
-        return frozenset()
-    before, after = fields(load(name)), fields(load(argument))
-    return frozenset(path for path, value in after.items() if path not in before or before[path] != value)
+    names, before, found = methods.split(",") if methods else [], fields(load(name)), set()
+    for count in range(1, len(names) + 1):
+        after = fields(load(f"{name}:{','.join(names[:count])}"))
+        changed = {path for path, value in after.items() if path not in before or before[path] != value}
+        if not any(path.partition(".")[0] in MODEL for path in changed):
+            found |= changed
+        before = after
+    return frozenset(found)
 
 
 def override(config: ConfigDict, path: str, text: str) -> None:

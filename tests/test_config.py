@@ -152,3 +152,11 @@ def test_bad_file(tmp_path, source, methods, problem):
     assert problem.format(path=path) in text
     assert text.startswith(f"--config={path}" if "--x" not in problem else problem)
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(("methods", "chosen"), [
+    ("", set()), ("text", set()), ("text,dpm_solver", {"sampler.name", "sampler.order"}),
+    ("dpm_solver,text", {"sampler.name", "sampler.order"})])
+def test_what_methods_choose_is_not_what_the_model_is(methods, chosen):
+    """`text` makes another model, guided by default; students of it need no guidance."""
+    assert config_files.method_fields(f"configs/emoji32_uvit.py:{methods}") == chosen
