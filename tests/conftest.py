@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,20 @@ def run_main(capfd) -> Callable[..., Ran]:
         return Ran(status, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory) -> Callable[[str], Path]:
+    """folder(name) of a saved tiny pipeline of `network_pipelines`, to be read alone."""
+    from network_pipelines import PIPELINES  # loads diffusers
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        made = tmp_path_factory.mktemp(name)
+        PIPELINES[name](tmp_path_factory.mktemp("words")).save_pretrained(made)
+        return made
+
+    return folder
 
 
 @pytest.fixture(scope="session")

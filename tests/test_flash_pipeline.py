@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from network_pipelines import PIPELINES
 from small_shards import write_shards
 
 import distillate
@@ -27,18 +26,6 @@ FAMILIES = ("sd15", "sdxl", "pixart", "sd3", "sdxl_adapter")
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards"), [5, 4])
-
-
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
-    """folder(name) of a saved tiny pipeline."""
-    @functools.cache
-    def folder(name):
-        made = tmp_path_factory.mktemp(name)
-        PIPELINES[name](tmp_path_factory.mktemp("words")).save_pretrained(made)
-        return made
-
-    return folder
 
 
 @pytest.fixture(scope="module")

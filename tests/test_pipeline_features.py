@@ -30,18 +30,6 @@ def shards(tmp_path_factory):
     return address.replace("..01", "..02")
 
 
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
-    """folder(name) of a saved tiny pipeline."""
-    @functools.cache
-    def folder(name):
-        made = tmp_path_factory.mktemp(name)
-        PIPELINES[name](tmp_path_factory.mktemp("words")).save_pretrained(made)
-        return made
-
-    return folder
-
-
 def flags(name, folder):
     adapter = [f"--config.pipeline.adapter={folder}/adapter"] if name == "sdxl_adapter" else []
     return [f"--config=configs/{name}.py:flash", f"--config.pipeline.path={folder}", "--config.compute.device=cpu",
