@@ -4,9 +4,9 @@ scripts/emoji32_text.sh makes the text encoder of the captions' words, trains, d
 (:flash, 2406.02347) and draws the teacher's pictures above the student's. Its commands are of this form:
     python train.py --config=configs/emoji32_text.py --config.data.path=data/emoji64.tar --workdir=runs/emoji32_text/teacher
     python distillate.py --config=configs/emoji32_text.py:flash --config.data.path=data/emoji64.tar --checkpoint=runs/emoji32_text/teacher --workdir=runs/emoji32_text/student
-    python sample.py --config=configs/emoji32_text.py --checkpoint=runs/emoji32_text/student --prompts="emoji of red heart" --seeds=0-15 --out=outputs/emoji32_text
-4,500 updates of 16 of 1,660 emoji have been tried: the loss falls to 0.16, and the samples are blotches that show nothing.
-How many it takes has not been measured.
+    python sample.py --config=configs/emoji32_text.py --checkpoint=runs/emoji32_text/student --prompts="emoji of purple heart" --seeds=0-15 --out=outputs/emoji32_text
+Of 243 emoji 9,000 updates of 16 learn all but the busiest pictures by heart (a loss of 0.064); of 1,660 emoji 4,500 gave
+blotches.
 """
 
 from functools import partial
@@ -32,7 +32,7 @@ def get_config(methods: str = ""):
     config.sampler.update(name="dpm_solver_pp", order=2, steps=25, grid="logsnr", t_end=1 / 1024, threshold="static",
                           cfg_scale=2.0)
     config.train.update(
-        steps=5000, batch_size=16, lr=7e-4, betas=(0.9, 0.99), weight_decay=0.01, warmup=200, decay_from=0.4,
+        steps=9000, batch_size=16, lr=7e-4, betas=(0.9, 0.99), weight_decay=0.01, warmup=200, decay_from=0.4,
         clip_norm=1.0, ema=0.998, log_every=50, save_every=500, preview_every=0,
     )
     config.eval.metrics = ()

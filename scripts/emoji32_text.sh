@@ -7,7 +7,7 @@
 # SHARDS are webdataset shards of captioned pictures: a .tar, a folder of them, or addresses (libs/data/shard_urls.py),
 # relative ones from the repository. FLAGS, as --config.compute.precision=bf16, go to train.py, distillate.py, sample.py.
 #
-#   UPDATES=5000                  of the teacher
+#   UPDATES=9000                  of the teacher
 #   FLASH_UPDATES=60,60,80,100    of the student, in each stage
 #   PROMPTS=OUT/captions.json     pictures' prompts: a text, a .txt with one a line, or a .json of COCO's captions
 #   SEEDS=0-15                    pictures; seed i shows prompt i modulo their number
@@ -37,7 +37,7 @@ python -m libs.data.caption_files --shards="$shards" --out="$out/captions.json"
 [ -d "$out/text_encoder" ] || python -m libs.small_text_encoder --captions="$out/captions.json" --out="$out/text_encoder"
 
 say "the teacher"
-python train.py --config=configs/emoji32_text.py --config.train.steps="${UPDATES:-5000}" "${flags[@]}" \
+python train.py --config=configs/emoji32_text.py --config.train.steps="${UPDATES:-9000}" "${flags[@]}" \
     --workdir="$out/teacher"
 
 say "the student"
