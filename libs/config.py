@@ -54,7 +54,9 @@ def method_fields(argument: str) -> frozenset[str]:
     is no wish of the user's, which a student without guidance would have to refuse.
     """
     name, _, methods = argument.partition(":")
-    names, before, found = methods.split(",") if methods else [], fields(load(name)), set()
+    if not methods:
+        return frozenset()
+    names, before, found = methods.split(","), fields(load(name)), set()
     for count in range(1, len(names) + 1):
         after = fields(load(f"{name}:{','.join(names[:count])}"))
         changed = {path for path, value in after.items() if path not in before or before[path] != value}

@@ -51,6 +51,7 @@ class ParallelDecoding:
         ahead = range(where.index + 1, where.total)
         return list(itertools.takewhile(lambda step: not self.is_full(step, where.total), ahead))
 
+    @outside
     def widened(self, given: dict, where: Position, window: list[int]) -> dict:
         """Arguments of one call that decodes the k steps of `window`: k b rows, one step after another."""
         times = where.times[window[0]:window[-1] + 1]
@@ -64,10 +65,12 @@ class ParallelDecoding:
         wide[self.names[1]] = rows
         return wide
 
-    def keep(self, ahead: Ahead, window: list[int], decoded: Any, b: int) -> None:
-        """Keep each step's b rows of what the batch gave."""
+    @outside
+    def keep(self, ahead: Ahead, window: list[int], decoded: Any) -> None:
+        """Keep each step's rows of what the batch gave."""
+        k = len(window)
         for i, step in enumerate(window):
-            ahead.outputs[step] = tensor_map(lambda x, i=i: x[i * b:(i + 1) * b].clone(), decoded)
+            ahead.outputs[step] = tensor_map(lambda x, i=i: x.chunk(k)[i].clone(), decoded)
         self.counts["decoder_batches"] += 1
         self.counts["decoded_steps"] += len(window)
 

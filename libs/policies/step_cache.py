@@ -193,11 +193,11 @@ class StepCache(Full):
                 while steps:
                     window = steps[:self.decoding.window]
                     try:
-                        decoded = forward(**self._widened(plan, window))
+                        decoded = forward(**self.decoding.widened(plan.given, plan.where, window))
                     except (RuntimeError, MemoryError) as error:
                         self.decoding.shrink(error, window)
                         continue
-                    self._keep_ahead(plan, window, decoded)
+                    self.decoding.keep(plan.branch.ahead, window, decoded)
                     steps = steps[len(window):]
         except BaseException:
             self._forget(plan)  # half-made features are none
@@ -325,14 +325,6 @@ class StepCache(Full):
         plan.branch.ahead.condition = self._condition(plan.given)
         self._recall(plan)
         return steps
-
-    @outside
-    def _widened(self, plan: "Plan", window: list[int]) -> dict:
-        return self.decoding.widened(plan.given, plan.where, window)
-
-    @outside
-    def _keep_ahead(self, plan: "Plan", window: list[int], decoded: Any) -> None:
-        self.decoding.keep(plan.branch.ahead, window, decoded, len(plan.given[self.names[0]]))
 
     def _condition(self, given: dict) -> tuple[Any, ...]:
         return condition_of(given, isinstance(self.clock, AnnouncedClock), bool(self.controls))
