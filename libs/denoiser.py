@@ -1,4 +1,5 @@
-"""The one place that knows what a network predicts (eps, x_0, v, flow, eps_damped, both) and its own unit of time.
+"""The one place that knows what a network predicts (eps, x_0, v, flow, eps_damped, eps_to_x_0, both) and its own unit
+of time.
 
     denoise(x_t, t, cond) -> Prediction(x_0, eps)
 
@@ -56,6 +57,32 @@ def _from_damped(x_t: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Pred
     return Prediction(scale * (x_t - sigma * out), rest * x_t + alpha * scale * out)
 
 
+TURNING = 8.0  # sigma / alpha at which eps_to_x_0 is half way from eps to x_0
+
+
+def _turn(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of the angle by which eps_to_x_0 turns from eps to -x_0, tan = (sigma / (TURNING alpha))^2.
+
+    v turns by tan = sigma / alpha (2202.00512, appendix D), so it is no eps at low noise either, and a network of eps
+    must learn all of it anew. This one turns only where eps says little of x_0: a network of eps is one of eps_to_x_0
+    as it is at low noise, while at high noise a few layers can say it, who cannot copy the noise exactly.
+    """
+    cos, sin = (TURNING * alpha) ** 2, sigma**2
+    length = torch.hypot(cos, sin)
+    return cos / length, sin / length
+
+
+def _turned(x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    cos, sin = _turn(alpha, sigma)
+    return cos * eps - sin * x_0
+
+
+def _from_turned(x_t: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+    cos, sin = _turn(alpha, sigma)
+    total = alpha * cos + sigma * sin
+    return Prediction((cos * x_t - sigma * out) / total, (sin * x_t + alpha * out) / total)
+
+
 # What the network outputs, from x_0 and eps: for the loss.
 TARGETS = {
     "eps": lambda x_0, eps, alpha, sigma: eps,
@@ -63,6 +90,7 @@ TARGETS = {
     "v": lambda x_0, eps, alpha, sigma: alpha * eps - sigma * x_0,  # 2202.00512, appendix D
     "flow": lambda x_0, eps, alpha, sigma: eps - x_0,
     "eps_damped": lambda x_0, eps, alpha, sigma: eps - DAMPING**3 * (sigma / alpha) ** 2 * x_0,
+    "eps_to_x_0": _turned,
     "both": lambda x_0, eps, alpha, sigma: torch.cat([x_0, eps], dim=1),  # 2202.00512, section 4
 }
 
@@ -75,6 +103,7 @@ PREDICTIONS = {
     "flow": lambda x_t, out, alpha, sigma: Prediction((x_t - sigma * out) / (alpha + sigma),
                                                       (x_t + alpha * out) / (alpha + sigma)),
     "eps_damped": _from_damped,
+    "eps_to_x_0": _from_turned,
     "both": lambda x_t, out, alpha, sigma: _from_both(x_t, *out.chunk(2, dim=1), alpha, sigma),
 }
 
@@ -104,8 +133,8 @@ class Denoiser:
     """A network (or a policy around one) as `denoise(x_t, t, cond)`.
 
     net          `net(x, timesteps, y=None, context=None)`
-    prediction   what it outputs: eps, x_0, v, flow, eps_damped (eps, of which x_0 is made with care at high noise), or
-                 both (twice the channels: x_0, then eps)
+    prediction   what it outputs: eps, x_0, v, flow, eps_damped (eps, of which x_0 is made with care at high noise),
+                 eps_to_x_0 (eps at low noise, -x_0 at high), or both (twice the channels: x_0, then eps)
     time_input   its unit of time: 999t, 1000t, 1000sigma, step (1 to N), index (0 to N - 1) or logsnr
     time_scale   factor on that time
     autocast     a context manager factory for mixed precision, or None
@@ -166,12 +195,17 @@ class Denoiser:
 
     def scaled(self, outputs: Tensor, t: Tensor) -> Tensor:
         """Outputs (..., b, c, h, w), or their errors, in the unit in which differences count: as they are, but of
-        eps_damped as large as the differences of v that they make, since where noise is high small ones matter.
+        eps_damped and eps_to_x_0 as large as the differences of v that they make, since where noise is high small ones
+        of eps matter.
         """
-        if self.prediction != "eps_damped":
-            return outputs
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        scale = (alpha**2 + sigma**2) * _damping(alpha, sigma)[1]
+        if self.prediction == "eps_damped":
+            scale = (alpha**2 + sigma**2) * _damping(alpha, sigma)[1]
+        elif self.prediction == "eps_to_x_0":
+            cos, sin = _turn(alpha, sigma)
+            scale = (alpha**2 + sigma**2) / (alpha * cos + sigma * sin)
+        else:
+            return outputs
         dtype = torch.promote_types(outputs.dtype, torch.float32)
         return outputs.to(dtype) * scale.to(outputs.device, dtype).view(-1, 1, 1, 1)
 

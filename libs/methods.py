@@ -218,6 +218,7 @@ def early_exit(config: ConfigDict, threshold: float = 0.92, **train) -> None:
         "ual_per_sample": False,  # weights of each image; else of the batch's mean
         "ual_last_layer": True,  # the layer-wise loss counts the last layer too
         "ual_detach": False,  # no gradient through those weights
+        "ual_from": 0.0,  # t below which the layer-wise loss does not count
         "noise_power": 0.0,  # p: errors count max(1, SNR^-p) times; 0 as published, 1 as errors of x_0
         "freeze_backbone": False,  # train the heads alone
         "learn_from": "data",  # start: the target is what the network said before; for students of few steps; or a

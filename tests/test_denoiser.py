@@ -61,13 +61,33 @@ def test_damped_eps_is_eps_where_something_shows_and_never_amplifies_beyond_its_
     assert damped.eps[0].isfinite(), "sigma is 0"
 
 
-def test_damped_eps_counts_errors_as_v_does():
+def test_eps_to_x_0_is_eps_at_low_noise_and_x_0_at_high():
+    """On U-ViT's schedule: half way at TURNING, and no error is multiplied by more than 2.2 on the way, by eps 150."""
+    schedule = make_schedule("vp_linear")
+    x_0, eps, out = torch.randn(3, 101, dtype=torch.float64)
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    said = TARGETS["eps_to_x_0"](x_0, eps, alpha, sigma)
+    low, high = t < 0.3, t > 0.85
+    torch.testing.assert_close(said[low], eps[low], atol=0.03 * float(x_0.abs().max()), rtol=0.001)
+    torch.testing.assert_close(said[high], -x_0[high], atol=0.05 * float(eps.abs().max()), rtol=0.001)
+    half = torch.tensor(8 / math.sqrt(65), dtype=torch.float64)
+    assert TARGETS["eps_to_x_0"](1, 0, (1 - half**2).sqrt(), half) == pytest.approx(-math.sqrt(0.5))
+    x_t = alpha * x_0 + sigma * eps
+    moved = PREDICTIONS["eps_to_x_0"](x_t, said + 1, alpha, sigma).x_0 - x_0
+    assert 2.1 < moved.abs().max() < 2.2
+    said = PREDICTIONS["eps_to_x_0"](x_t, out, alpha, sigma)
+    torch.testing.assert_close(alpha * said.x_0 + sigma * said.eps, x_t)
+
+
+@pytest.mark.parametrize("prediction", ["eps_damped", "eps_to_x_0"])
+def test_errors_of_eps_count_as_those_of_v(prediction):
     schedule, t = make_schedule("vp_linear"), torch.tensor([0.2, 0.7, 1.0]).double()
     x_0, eps = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
-    damped, v = (Denoiser(double, schedule, prediction) for prediction in ("eps_damped", "v"))
-    said = damped(damped.diffuse(x_0, eps, t), t)
+    ours, v = (Denoiser(double, schedule, name) for name in (prediction, "v"))
+    said = ours(ours.diffuse(x_0, eps, t), t)
     v.net = lambda x, timesteps: v.target(*said, t)
-    torch.testing.assert_close(damped.loss(x_0, eps, t), v.loss(x_0, eps, t), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.loss(x_0, eps, t), v.loss(x_0, eps, t), rtol=1e-5, atol=0)
     assert v.scaled(eps, t) is eps
 
 

@@ -34,20 +34,38 @@ def loss_of(**options):
     return LayerwiseLoss(**options).of_layers(out, certainty, target), out, certainty
 
 
-def test_differences_of_damped_eps_count_as_those_of_v():
+@pytest.mark.parametrize("prediction", ["eps_damped", "eps_to_x_0"])
+def test_differences_of_eps_count_as_those_of_v(prediction):
     schedule, t = make_schedule("vp_linear"), torch.tensor([0.9, 0.4], dtype=torch.float64)
     x_t, out, certainty, target = torch.randn(2, 1, 1, 2), *(tensors(each).detach() for each in (G, C, EPS))
-    damped, v = (Denoiser(None, schedule, prediction) for prediction in ("eps_damped", "v"))
+    ours, v = (Denoiser(None, schedule, name) for name in (prediction, "v"))
 
     def to_v(said):
-        return v.target(*PREDICTIONS["eps_damped"](x_t, said, *damped.alpha_sigma(t, x_t)), t)
+        return v.target(*PREDICTIONS[prediction](x_t, said, *ours.alpha_sigma(t, x_t)), t)
 
-    damped.net = lambda x, timesteps, every_layer: (out, certainty)
+    ours.net = lambda x, timesteps, every_layer: (out, certainty)
     v.net = lambda x, timesteps, every_layer: (torch.stack([to_v(each) for each in out]), certainty)
     for name in ("eps_error", "final_gap"):
         one, other = (LayerwiseLoss(target=name, lesson=lambda *_, said=said: Lesson(x_t, t, None, said))
                       for said in (target, to_v(target)))
-        torch.testing.assert_close(one(damped, None), other(v, None), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one(ours, None), other(v, None), rtol=1e-4, atol=1e-5)
+
+
+def test_the_layerwise_loss_counts_from_a_time_on():
+    schedule, t = make_schedule("vp_linear"), torch.tensor([0.45, 0.44], dtype=torch.float64)
+    out, certainty, target = (tensors(each).detach() for each in (G, C, EPS))
+    denoiser = Denoiser(lambda *_, every_layer: (out, certainty), schedule, "v")
+
+    def loss(**options):
+        lesson = Lesson(torch.zeros(2, 1, 1, 2), t, None, target)
+        return LayerwiseLoss(lesson=lambda *_: lesson, **options)(denoiser, None)
+
+    expect = torch.stack([loss()[0], loss(beta_ual=0.0)[1]])
+    assert torch.equal(loss(ual_from=0.45), expect)
+    assert not torch.equal(loss(), expect)
+    for value in (-0.1, 1.1, math.nan):
+        with pytest.raises(UserError, match=f"--config.early_exit.ual_from={value} must be a time from 0 to 1"):
+            LayerwiseLoss(ual_from=value)
 
 
 def mean(values):

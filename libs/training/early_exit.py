@@ -100,6 +100,8 @@ class LayerwiseLoss:
     ual_last_layer       L_UAL counts the last layer too, whose error L_simple counts already [False]
     ual_detach           no gradient of L_UAL goes through w_i. Where it does (False, in both), the heads are also
                          pushed to be less certain of layers that err
+    ual_from             L_UAL counts images at t of at least this alone [0]. At low noise no layer but the last ones is
+                         ever certain, and what the others can learn there costs the last ones what they know
     noise_power          errors count max(1, SNR^-p) times [0]. At t near 1 a small error of eps is a large one of x_0:
                          1 weighs the errors of x_0 there, 1/2 lies between
     lesson               what is learnt: `from_data`, or a `FromStart`
@@ -113,6 +115,7 @@ class LayerwiseLoss:
     ual_per_sample: bool = False
     ual_last_layer: bool = True
     ual_detach: bool = False
+    ual_from: float = 0.0
     noise_power: float = 0.0
     lesson: Callable[[Denoiser, Batch], Lesson] = from_data
 
@@ -123,18 +126,22 @@ class LayerwiseLoss:
         for name in ("lambda_u", "beta_ual", "noise_power"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--config.early_exit.{name}={getattr(self, name)} must be a number of at least 0")
+        if not 0 <= self.ual_from <= 1:
+            raise UserError(f"--config.early_exit.ual_from={self.ual_from} must be a time from 0 to 1")
 
     def __call__(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         x_t, t, cond, target = self.lesson(denoiser, batch)
         out, certainty = denoiser.call(x_t, t, cond, every_layer=True)
         counts = torch.exp(-self.noise_power * denoiser.schedule.logsnr(t)).clamp(min=1)
         out, target = denoiser.scaled(out, t), denoiser.scaled(target, t)
-        return self.of_layers(out, certainty, target, counts.to(out.device, torch.float32))
+        return self.of_layers(out, certainty, target, counts.to(out.device, torch.float32),
+                              (t >= self.ual_from).to(out.device, torch.float32))
 
-    def of_layers(self, out: Tensor, certainty: Tensor, target: Tensor, counts: Tensor | float = 1.0) -> Tensor:
+    def of_layers(self, out: Tensor, certainty: Tensor, target: Tensor, counts: Tensor | float = 1.0,
+                  layerwise: Tensor | float = 1.0) -> Tensor:
         """The loss (b,) of outputs g and certainties c of every layer, both (layers, b, c, h, w), target (b, c, h, w).
 
-        counts: (b,), by which squared errors are multiplied.
+        counts: (b,), by which squared errors are multiplied. layerwise: (b,), by which L_UAL is.
         """
         error = out.float() - target
         squares = counts * _mean_per_image(error.square())  # layers b
@@ -143,7 +150,7 @@ class LayerwiseLoss:
         true_certainty = 1 - torch.tanh(error_of.detach().abs())
         uncertainty = _mean_per_image((certainty - true_certainty).square())  # layers b
         loss_u = uncertainty.mean(0) if self.u_reduction == "mean" else uncertainty.sum(0)
-        return simple + self.lambda_u * loss_u + self.beta_ual * self._layerwise(squares, certainty)
+        return simple + self.lambda_u * loss_u + self.beta_ual * layerwise * self._layerwise(squares, certainty)
 
     def _layerwise(self, squares: Tensor, certainty: Tensor) -> Tensor:
         """L_UAL (b,) of ms(eps - g_i) (layers, b)."""
