@@ -32,8 +32,7 @@ SAMPLERS = [("dpm_solver_pp", 8), ("dpm_solver_pp", 20), ("ddim", 50)]
 UVIT = {"config": "configs/cifar10_uvit_tiny.py"}
 UVIT_STUDENTS = [UVIT | {"checkpoint": f"cifar10_uvit_student_{steps}", "sampler": "ddim", "steps": steps, "fixed": True}
                  for steps in (4, 8)]
-BESIDE_STUDENTS = [UVIT | {"sampler": sampler, "steps": steps}  # with as many calls
-                   for sampler, steps in [("ddim", 4), ("dpm_solver_pp", 4), ("ddim", 8)]]
+AS_MANY_CALLS = [("ddim", 4), ("dpm_solver_pp", 4), ("ddim", 8)]  # as the students; their 8 of DPM-Solver++ are there
 EXIT = UVIT | {"checkpoint": "cifar10_uvit_tiny_early_exit"}  # whose cells are left out while it is not there
 EARLY_EXIT = {"policy": "early_exit", "cost_images": 32}
 SCHEDULE = {"label": "schedule_0.6", "settings": {"mode": "schedule", "target_layer_ratio": 0.6}}
@@ -52,7 +51,9 @@ def get_grid() -> list[dict]:
     cells = students + [unet | {"sampler": sampler, "steps": steps} | method
                         for sampler, steps in SAMPLERS for method in METHODS]
     cells += [student | method for student in UVIT_STUDENTS for method in ON_STUDENTS]
-    cells += BESIDE_STUDENTS
+    cells += [UVIT | {"sampler": sampler, "steps": steps} for sampler, steps in AS_MANY_CALLS]
+    cells += [unet | {"sampler": sampler, "steps": steps}
+              for sampler, steps in [("ddim", 2), ("dpm_solver_pp", 2), *AS_MANY_CALLS]]
     cells += [EXIT_STUDENT, EXIT_STUDENT | EARLY_EXIT | SCHEDULE]
     cells += [uvit | {"sampler": sampler, "steps": steps} for sampler, steps in UVIT_SAMPLERS for uvit in ON_UVIT]
     return sorted(cells, key=lambda cell: cell["steps"])

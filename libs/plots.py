@@ -10,7 +10,7 @@ from PIL import Image
 
 from .errors import UserError
 from .files import atomic_path
-from .tables import gmacs, is_plain, settings_text
+from .tables import gmacs, is_plain, seconds_per_image, settings_text
 
 MARKERS = "osD^vP*X<>ph8d"
 TICKS = (1, 1.5, 2, 3, 4, 5, 7)  # within each power of ten
@@ -29,7 +29,7 @@ def points(results: Iterable[Mapping[str, Any]], metric: str = "frechet_cifar10"
             "method": " ".join(filter(None, [result["method"]["name"], settings_text(cell["settings"])])),
             "plain": is_plain(result),
             "curve": f"{result['model']}, {result['sampler']['name']}, {result['compute']['precision']}",
-            "gmacs": gmacs(result), "seconds": result.get("timing", {}).get("seconds_per_image"),
+            "gmacs": gmacs(result), "seconds": seconds_per_image(result),
             "value": value["value"], "samples": value["samples"], "metric": metric,
         })
         if "family" in cell:  # a line at each number of steps

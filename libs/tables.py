@@ -96,6 +96,11 @@ class Comparison(NamedTuple):
         return self.result.get("timing", {}).get("ratio_to_plain", {}).get(self.plain["cell"]["name"])
 
 
+def seconds_per_image(result: Mapping[str, Any]) -> float | None:
+    """As timed beside the other cells of its group; None before that."""
+    return result.get("timing", {}).get("seconds_per_image")
+
+
 def gmacs(result: Mapping[str, Any]) -> float:
     return result["gmacs_per_image"]["with_attention_products"]
 
@@ -160,6 +165,7 @@ def comparison_row(row: Comparison) -> dict[str, str]:
         "precision": row.result["compute"]["precision"],
         "sampler": sampler["name"], "NFE": str(row.result["nfe"]), "GMACs": f"{gmacs(row.result):.4g}",
         "MACs": f"{row.macs_ratio:.3f}", "time": EMPTY if row.time_ratio is None else f"{row.time_ratio:.3f}",
+        "images/s": f"{1 / seconds:.3g}" if (seconds := seconds_per_image(row.result)) else EMPTY,
     } | depth_columns(row.result) | metric_columns(row.result)
 
 
