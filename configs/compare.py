@@ -8,7 +8,7 @@ students of progressive distillation and of Flash Diffusion are models of their 
 steps; policies come on top of them. Of early exit on U-ViT here are a few cells of configs/early_exit.py, which has them all.
 """
 
-RESNET = "assets/adaptors/clockwork_resnet_cifar10_unet.safetensors"
+RESNET, RIDGE = (f"assets/adaptors/clockwork_{kind}_cifar10_unet.safetensors" for kind in ("resnet", "ridge"))
 NOISE = {"prior_noise": 0.003}
 
 METHODS = [
@@ -17,6 +17,7 @@ METHODS = [
     {"label": "clockwork_2_extrapolation", "policy": "clockwork",
      "settings": {"clock": 2, "adaptor": "extrapolation"}},
     {"label": "clockwork_2_resnet", "policy": "clockwork", "settings": {"clock": 2, "adaptor": RESNET}, "needs": RESNET},
+    {"label": "clockwork_2_ridge", "policy": "clockwork", "settings": {"clock": 2, "adaptor": RIDGE}, "needs": RIDGE},
 ]
 for keys, label in (("every:2", "every2"), ("every:4", "every4"), ("paper", "paper")):
     METHODS += [
