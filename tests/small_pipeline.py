@@ -1,8 +1,14 @@
 """A text to image pipeline smaller still than those of tiny_pipelines, and what tests do with it."""
 
+import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from tiny_pipelines import CROSS, image_to_image, text_to_image
+
+from libs.adaptors import make_adaptor
+from libs.errors import UserError
+
+HERE = {"c_in": 16, "c_out": 32, "temb_dim": 64}  # of `small_unet` at depth 1
 
 
 def small_unet(levels: int = 3) -> UNet2DConditionModel:
@@ -42,3 +48,17 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
 
 def swap_scheduler(pipe, cls, **options) -> None:
     pipe.scheduler = cls.from_config(pipe.scheduler.config, **options)
+
+
+def traces(*modules) -> list[dict]:
+    return [{name: id(value) for name, value in vars(each).items()} for module in modules for each in module.modules()]
+
+
+def resnet(**sizes) -> torch.nn.Module:
+    return make_adaptor("resnet", **HERE | sizes, width=16)
+
+
+def in_one_line(make, words: str):
+    with pytest.raises(UserError, match=words) as caught:
+        make()
+    assert "\n" not in str(caught.value)
