@@ -108,6 +108,9 @@ PREDICTIONS = {
 }
 
 
+COUNTED_AS_V = ("eps_damped", "eps_to_x_0")  # in the loss, see `Denoiser.scaled`
+
+
 def _from_both(x_t: Tensor, x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
     """Two estimates of x_0, one by way of eps, weighted by sigma^2 and alpha^2 (2202.00512, section 4): each is good
     where the other is not. Variance preserving; elsewhere the weights are divided by their sum.
@@ -198,14 +201,11 @@ class Denoiser:
         eps_damped and eps_to_x_0 as large as the differences of v that they make, since where noise is high small ones
         of eps matter.
         """
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        if self.prediction == "eps_damped":
-            scale = (alpha**2 + sigma**2) * _damping(alpha, sigma)[1]
-        elif self.prediction == "eps_to_x_0":
-            cos, sin = _turn(alpha, sigma)
-            scale = (alpha**2 + sigma**2) / (alpha * cos + sigma * sin)
-        else:
+        if self.prediction not in COUNTED_AS_V:
             return outputs
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        # Predictions are linear: an output of 1 where x_t is 0 makes this difference of v.
+        scale = TARGETS["v"](*self._predict(torch.zeros_like(alpha), 1.0, alpha, sigma), alpha, sigma)
         dtype = torch.promote_types(outputs.dtype, torch.float32)
         return outputs.to(dtype) * scale.to(outputs.device, dtype).view(-1, 1, 1, 1)
 
