@@ -6,7 +6,10 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+from libs.data import load_data
 
 
 def png(number: int, size: tuple[int, int] = (12, 10)) -> bytes:
@@ -44,3 +47,20 @@ def write_shards(folder: Path, counts: list[int], score: float | None = None) ->
         write_tar(folder / f"{number:02d}.tar", {f"{i:05d}": sample(i, score) for i in range(first, first + count)})
         first += count
     return f"{folder}/{{00..{len(counts) - 1:02d}}}.tar"
+
+
+def load(path, **options):
+    return load_data("webdataset", path, image_size=8, **options)
+
+
+def numbers(data, indices) -> list[int]:
+    """Which samples these are, by the colours of their images; their captions have to agree."""
+    images, labels = data.batch(indices)
+    assert labels is None
+    assert images.dtype == torch.uint8
+    assert images.shape == (len(indices), 8, 8, 3)
+    assert (images == images[:, :1, :1]).all()  # no border of another colour
+    assert (images[..., 1] == images[..., 0].long() * 2 % 256).all()
+    found = images[:, 0, 0, 0].tolist()
+    assert data.texts(indices) == [f"picture {number}" for number in found]
+    return found
