@@ -223,6 +223,7 @@ def early_exit(config: ConfigDict, threshold: float = 0.92, **train) -> None:
         "freeze_backbone": False,  # train the heads alone
         "learn_from": "data",  # start: the target is what the network said before; for students of few steps; or a
         # checkpoint, such as that of which a training that goes on started
+        "angle_power": 0.0,  # p: a student's times are drawn in proportion to the angles of its steps, to the power p
         "prediction": "",  # what the layers learn to predict: v, x_0, eps, ...; "" is what the network predicts already
     })
     config.eval.benchmark_rows = (1, 16, 128)  # its claim is time at any number of rows

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -58,6 +59,44 @@ def test_student_stays_one(student):
     assert cond is batch.cond
     assert torch.equal(target, make_denoiser(before, description).output(x_t, t, cond))  # the student that it was
     assert not target.requires_grad
+
+
+def test_a_student_is_asked_more_often_where_its_steps_go_far(student):
+    config = config_with_flags()
+    with config.unlocked():
+        config.early_exit.learn_from = "start"
+    net, description = setup.start_network(config, str(student))
+
+    def lesson(power):
+        with config.unlocked():
+            config.early_exit.angle_power = power
+        return setup.make_objective(config, net, description, "fp32", torch.device("cpu")).lesson
+
+    schedule = make_schedule(**description["schedule"])
+    angles = [math.acos(float(schedule.alpha(torch.tensor(t)))) for t in (1.0, 0.75, 0.5, 0.25, 0.0)]
+    steps = [t - s for t, s in zip(angles, angles[1:], strict=False)]
+    assert lesson(0.0).shares().tolist() == pytest.approx([0.25] * 4)
+    assert lesson(1.0).shares().tolist() == pytest.approx([step / angles[0] for step in steps], abs=1e-6)
+    roots = [math.sqrt(step) for step in steps]
+    assert lesson(0.5).shares().tolist() == pytest.approx([root / sum(roots) for root in roots], abs=1e-6)
+    drawn = lesson(1.0)(make_denoiser(net, description), a_batch(2000)).t
+    for time, step in zip((1.0, 0.75, 0.5, 0.25), steps, strict=True):
+        assert float((drawn == time).double().mean()) == pytest.approx(step / angles[0], abs=0.04)
+    with pytest.raises(UserError, match="--config.early_exit.angle_power=-1.0 must be a number of at least 0"):
+        lesson(-1.0)
+
+
+def test_all_times_have_no_angles(plain):
+    config = config_with_flags()
+    with config.unlocked():
+        config.early_exit.angle_power = 0.5
+    with pytest.raises(UserError, match="angle_power=0.5: for a student of few steps, which learns from what it said"):
+        setup.make_objective(config)
+    with config.unlocked():
+        config.early_exit.learn_from = "start"
+    net, description = setup.start_network(config, str(plain))
+    with pytest.raises(UserError, match="angle_power=0.5: the checkpoint is no student of few steps, and learns"):
+        setup.make_objective(config, net, description, "fp32", torch.device("cpu"))
 
 
 def test_student_with_a_scale_input_learns_at_all_scales(student):

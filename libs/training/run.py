@@ -27,7 +27,7 @@ FREE_FIELDS = tuple(f"train.{name}" for name in (
     "distill.text_encoder_device")
 
 # What runs did before a field came that the base config does not have.
-EARLIER = {"early_exit.prediction": "", "early_exit.ual_from": 0.0}
+EARLIER = {"early_exit.prediction": "", "early_exit.ual_from": 0.0, "early_exit.angle_power": 0.0}
 START_WEIGHTS = "start_weights"  # in config.json: the digest of the weights that `start` named
 
 

@@ -223,7 +223,8 @@ def make_objective(config: ConfigDict, net: nn.Module | None = None, description
     if "early_exit" not in config:
         return diffusion_loss
     options = {name: value for name, value in config.early_exit.items()
-               if name not in ("freeze_backbone", "learn_from", "prediction")}
+               if name not in ("freeze_backbone", "learn_from", "prediction", "angle_power")}
+    power = config.early_exit.angle_power
     if learns_from(config) != "data":
         frozen, held = _teacher_of_exits(config, net, description)
         frozen = frozen.requires_grad_(False).eval()
@@ -232,7 +233,10 @@ def make_objective(config: ConfigDict, net: nn.Module | None = None, description
             held = as_damped(held)  # in other terms, an error of eps at high noise would be multiplied
         teacher = make_denoiser(frozen, held, precision, device)
         options["lesson"] = FromStart(teacher, sampled_times(description, teacher.schedule),
-                                      guidance_range(description["cond"]))
+                                      guidance_range(description["cond"]), power)
+    elif power:
+        raise UserError(f"--config.early_exit.angle_power={power}: for a student of few steps, which learns from what "
+                        "it said (--config.early_exit.learn_from=start)")
     return LayerwiseLoss(**options)
 
 
