@@ -145,13 +145,16 @@ def test_interrupted_as_a_command(run_main, tmp_path):
 
 
 def test_two_processes_equal_one(trained, tmp_path):
-    process = command("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train.py", *TINY,
-                      "--config.train.accumulate=2", f"--workdir={tmp_path}")
+    # Not --cpu, with which accelerate starts one process, however many it is told.
+    process = command("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+                      "--mixed_precision=no", "--main_process_port=0", "train.py", *TINY, "--config.train.accumulate=2",
+                      f"--workdir={tmp_path}")
     output = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert losses_of(tmp_path) == pytest.approx(losses_of(trained), abs=1e-4)
     one, two = (Checkpoints(folder / "ckpts").load(5) for folder in (trained, tmp_path))
     for name, tensor in one.ema.items():
         torch.testing.assert_close(two.ema[name], tensor, atol=1e-4, rtol=0)
+    assert output[1].count("2 processes share each update, 4 images each") == 1
     assert output[1].count("going on from") == 0
     assert output[1].count("finished: step 5 of 5") == 1  # the main process speaks alone

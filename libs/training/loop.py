@@ -118,6 +118,8 @@ class Trainer:
         self.run.claim()
         section, processes = self.section, self.processes
         self.batches = self._make_batches(data)
+        if processes.count > 1:
+            logging.info("%d processes share each update, %d images each", processes.count, self.batches.share)
         self.report = Report(self.run.workdir, self.step) if processes.is_main else None
         limit = began + 60 * section.max_minutes if section.max_minutes else math.inf
         self.logged_at = self.step
