@@ -1,6 +1,6 @@
-"""Result files (one JSON a run, by eval.py) as rows of a Markdown table: the README's tables are made here.
+"""Result files (one JSON a run, by eval.py) as rows of a Markdown table: the tables of README and docs are made here.
 
-    python -m libs.tables README.md
+    python -m libs.tables README.md docs/*.md
 """
 
 import json
@@ -263,15 +263,15 @@ TABLES = {"results": results_table, "students": students_table, "updates": updat
 
 def fill_tables(text: str, root: Path) -> str:
     """`text` with the table below every line `<!-- KIND: PATTERN -->`, KIND one of `TABLES`, made anew from the files
-    under `root` that match PATTERN; rows of `results` are in the order of the files' names. Where none match
-    there is no table.
+    under `root` that match PATTERN, or one of several with spaces between; rows of `results` are in the order of the
+    files' names. Where none match there is no table.
     """
     def fill(match: re.Match) -> str:
-        paths = sorted(root.glob(match["pattern"]))
+        paths = sorted({path for pattern in match["pattern"].split() for path in root.glob(pattern)})
         table = f"{TABLES[match['kind']](paths)}\n" if paths else ""
         return f"{match['marker']}\n{table}"
 
-    marker = rf"(?P<marker><!-- (?P<kind>{'|'.join(TABLES)}): (?P<pattern>\S+) -->)\n(?:\|.*\n)*"
+    marker = rf"(?P<marker><!-- (?P<kind>{'|'.join(TABLES)}): (?P<pattern>\S+(?: \S+)*?) -->)\n(?:\|.*\n)*"
     return re.sub(marker, fill, text)
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from documentation import pages
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CONTENT = bytes(range(256)) * 800
@@ -214,10 +215,10 @@ def test_the_table():
     assert models <= set(names)
 
 
-def test_names_in_docstrings_and_readme_are_in_the_table():
+def test_names_in_docstrings_and_documentation_are_in_the_table():
     known = {line.split("\t")[0] for line in (SCRIPTS / "downloads.tsv").read_text().splitlines()}
     used = set()
-    for path in (SCRIPTS.parent / "README.md", *SCRIPTS.parent.glob("configs/*.py")):
+    for path in (*pages(), *SCRIPTS.parent.glob("configs/*.py")):
         for names in re.findall(r"^ *bash scripts/download\.sh ([^#\n]+)", path.read_text(), re.M):
             used |= set(names.split())
     assert len(used) >= 15

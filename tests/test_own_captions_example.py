@@ -1,10 +1,10 @@
-"""The README's example of a model of one's own that reads captions, as it stands there, with a small text encoder."""
+"""docs/own_model.md's example of a model of one's own that reads captions, as it stands, with a small text encoder."""
 
 import json
 
 import pytest
 import torch
-from readme_examples import code_and_commands, run_commands
+from documentation import code_and_commands, run_commands
 from tiny_texts import TOKENS, write_text_encoders
 
 from libs.data.images import save_png

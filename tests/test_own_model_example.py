@@ -1,9 +1,9 @@
-"""The README's example of a model and a data set of one's own, as it stands there."""
+"""docs/own_model.md's example of a model and a data set of one's own, as it stands there."""
 
 import json
 
 import pytest
-from readme_examples import code_and_commands, run_commands
+from documentation import code_and_commands, run_commands
 
 FEW = {  # what makes minutes seconds
     "train": ["--config.train.steps=4", "--config.train.batch_size=8", "--config.train.preview_every=0"],

@@ -1,11 +1,11 @@
-"""The README's example of a super-resolution model of one's own, as it stands there."""
+"""docs/own_model.md's example of a super-resolution model of one's own, as it stands there."""
 
 import json
 
 import pytest
 import torch
+from documentation import code_and_commands, run_commands
 from PIL import Image
-from readme_examples import code_and_commands, run_commands
 
 from libs.data.images import save_png
 

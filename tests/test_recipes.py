@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from documentation import pages
 from shell_scripts import BASH, SCRIPTS, noting
 
 from libs.config import load
@@ -299,9 +300,9 @@ def test_a_host_that_refuses_ends_the_stage(recipe):
     assert ran.stderr.endswith(f"its place is {recipe.data / PUBLISHED['cifar10_uvit_small']}\n")
 
 
-def test_recipes_in_docstrings_and_readme_are_there():
+def test_recipes_in_docstrings_and_documentation_are_there():
     found = set()
-    for path in (SCRIPTS.parent / "README.md", *SCRIPTS.parent.glob("configs/*.py")):
+    for path in (*pages(), *SCRIPTS.parent.glob("configs/*.py")):
         found |= set(re.findall(r"bash scripts/(\w+_uvit)\.sh(?: (\w+))?", path.read_text()))
     assert {name for name, _ in found} >= set(NAMES)
     assert {stage for name, stage in found if name in NAMES} <= {"", "prepare", "train", "finetune", "evaluate"}

@@ -1,16 +1,21 @@
-"""Worked examples of the README, as they stand there."""
+"""README and docs: their pages, and the worked examples of docs/own_model.md as they stand there."""
 
 import importlib
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from libs.config import ROOT
 
 
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def section(title: str) -> str:
-    """The text under a heading of the third level."""
-    return (ROOT / "README.md").read_text().split(f"### {title}")[1].split("\n### ")[0]
+    """The text under a heading of the second level."""
+    return (ROOT / "docs/own_model.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
 
 
 def code_and_commands(title: str) -> tuple[str, list[list[str]]]:
