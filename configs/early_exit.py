@@ -4,7 +4,7 @@ The released U-ViT before fine-tuning and the early-exit model after it, both at
     per_sample  at several thresholds
     schedule    a fixed depth a step, calibrated for several layer ratios
     fixed       one exit layer for all steps
-    split       few layers in the first steps and all in the rest, as DuoDiff samples with two networks (2410.09633)
+    split       1 or 3 layers in the first steps and all in the rest, as DuoDiff samples with two networks (2410.09633)
 each beside plain sampling with the steps that cost as much. The same of the released student of 8 steps, beside it before
 fine-tuning and beside the student of 4 steps. With fewer steps than it was distilled to a student is out of its element, but
 that is what its early exits compete with. The cells of a checkpoint that is not there are left out.
@@ -21,7 +21,7 @@ THRESHOLDS = (0.8, 0.85, 0.9, 0.92, 0.95, 0.98)
 STUDENT_THRESHOLDS = (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)  # its heads learned final_gap, which is nearer to 1
 RATIOS = (0.4, 0.5, 0.6, 0.7, 0.8)
 FIXED = (5, 7, 9, 11)
-SPLIT_LAYERS, SPLIT_SHARES = 3, (0.3, 0.5, 0.7)  # DuoDiff's small network; its share of the steps
+SPLITS = {3: (0.3, 0.5, 0.7), 1: (0.5,)}  # layers of DuoDiff's small network: its shares of the steps
 
 
 def exits(label: str, family: str, **settings) -> dict:
@@ -45,10 +45,11 @@ def methods(steps: int, thresholds: tuple[float, ...] = THRESHOLDS) -> list[dict
     """All of the sweep at so many steps."""
     table = [{"label": "full"}, *map(per_sample, thresholds), *map(schedule, RATIOS)]
     table += [depths(f"layers_{layers}", "fixed exit layer", f"{layers}x{steps}") for layers in FIXED]
-    for share in SPLIT_SHARES:
-        first = round(share * steps)
-        text = f"{SPLIT_LAYERS}x{first},{LAYERS}x{steps - first}"
-        table.append(depths(f"split_{share}", "split, as DuoDiff", text))
+    for layers, shares in SPLITS.items():
+        for share in shares:
+            first = round(share * steps)
+            text = f"{layers}x{first},{LAYERS}x{steps - first}"
+            table.append(depths(f"split_{layers}_{share}", f"{layers} of the layers, then all", text))
     return table
 
 
