@@ -6,6 +6,7 @@ An object array is a pickle, which can hold code. Here it is read with nothing a
 import importlib
 import io
 import pickle
+import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,8 @@ from ..errors import UserError
 from ..files import atomic_path, reason
 
 READERS = 8  # files that are read at once, by threads
+# numpy reads a header by ast.parse, which in Python 3.11 fails now and then when two threads are in it (SystemError).
+_ONE_HEADER = threading.Lock()
 
 # What pickled arrays and numbers refer to; numpy 2 renamed numpy.core to numpy._core.
 ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
@@ -52,7 +55,8 @@ def _read(file: BinaryIO) -> np.ndarray | tuple[Any, Any]:
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in read_header:
         raise ValueError(f"version {version} of the .npy format")
-    shape, fortran, dtype = read_header[version](content)
+    with _ONE_HEADER:
+        shape, fortran, dtype = read_header[version](content)
     if not dtype.hasobject:
         array = np.frombuffer(content.getbuffer()[content.tell():], dtype)
         if array.size != int(np.prod(shape)):
