@@ -203,11 +203,25 @@ class Denoiser:
         """
         if self.prediction not in COUNTED_AS_V:
             return outputs
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        # Predictions are linear: an output of 1 where x_t is 0 makes this difference of v.
-        scale = TARGETS["v"](*self._predict(torch.zeros_like(alpha), 1.0, alpha, sigma), alpha, sigma)
         dtype = torch.promote_types(outputs.dtype, torch.float32)
-        return outputs.to(dtype) * scale.to(outputs.device, dtype).view(-1, 1, 1, 1)
+        return outputs.to(dtype) * self._unit(t)[1].to(outputs.device, dtype).view(-1, 1, 1, 1)
+
+    def moved(self, t: Tensor, s: Tensor) -> Tensor:
+        """How far x_s moves, after a step of DDIM from t, where the output is off by 1 in the unit of `scaled`.
+
+        t, s: (n,) float64, s = 0 is clean data; returns (n,), for predictions of one output. Of v and what counts as v
+        it is sin(phi_t - phi_s), with alpha = cos phi and sigma = sin phi (2202.00512, appendix D).
+        """
+        difference, v = self._unit(t)
+        alpha, sigma, _ = self.schedule.on_grid(s)
+        moved = (alpha * difference.x_0 + sigma * difference.eps).abs()
+        return moved / v.abs() if self.prediction in COUNTED_AS_V else moved
+
+    def _unit(self, t: Tensor) -> tuple[Prediction, Tensor]:
+        """The differences of x_0 and eps, and that of v, which an output of 1 makes at t; predictions are linear."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        difference = self._predict(torch.zeros_like(alpha), torch.ones_like(alpha), alpha, sigma)
+        return difference, TARGETS["v"](*difference, alpha, sigma)
 
 
 def guided(denoise: Denoise, cfg_scale: float | Tensor, null: dict) -> Denoise:

@@ -201,6 +201,7 @@ def early_exit(config: ConfigDict, threshold: float = 0.92, **train) -> None:
         "mode": "per_sample",  # per_sample; batch_mean, as released; schedule: a fixed depth a step
         "threshold": threshold,  # certainty above which an image leaves; 1 is never
         "target_layer_ratio": 0.0,  # share of the layers to run: finds the threshold; 0 takes the one above
+        "by_step": False,  # count uncertainty by how far it moves the image in the call's step
         "check_every": 1,  # layers between two looks at the certainty
         "compact_from": 0.125,  # share of the rows that must be done before the others move together
         "patience": 1,  # in-blocks that must be certain, of which the last is the exit; released: 2

@@ -179,6 +179,7 @@ def test_peak_of_tensors():
     ("early_exit", ["--rows=a,2"], "--rows=a,2: want numbers of at least 1"),
     ("early_exit", ["--random_heads=1.5"], "--random_heads=1.5 must be a layer ratio between 0 and 1"),
     ("early_exit", ["--repeats=0"], "--repeats=0"),
+    ("early_exit", ["--config.policy.by_step=true"], "leave it out by --released_images=0"),
 ])
 def test_bad_input_gets_one_line(path, tmp_path, run_main, methods, flags, text):
     ran = run_main(exit_speed.main, f"--config={path}:{methods}", f"--out={tmp_path}/a.json", *flags)

@@ -265,7 +265,7 @@ class UViT(nn.Module):
         tokens (b, extras + patches, d) after that block, time what `uem_time` gives; returns (b, patches, p1 p2 c) in
         float32, from 0 to 1. `unpatchify` makes maps of it.
         """
-        return self.lte_classifer(tokens[None], time, layer)[0, :, self.extras:]  # cutting tokens would copy them
+        return self.lte_classifer.of_layer(layer, tokens, time)[:, self.extras:]  # cutting tokens would copy them
 
     def layers(self, tokens: Tensor) -> Iterator[Tensor]:
         """Run the blocks on what `embed` gives: the tokens after each of them in turn."""

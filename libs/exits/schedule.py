@@ -20,7 +20,7 @@ from ..policies.exit_calibration import FIRST_SEED
 from ..policies.exit_schedule import write_schedule
 from ..provenance import file_sha256
 
-SETTINGS = ("target_layer_ratio", "quantile", "check_every", "patience", "joint", "calibration_images")
+SETTINGS = ("target_layer_ratio", "by_step", "quantile", "check_every", "patience", "joint", "calibration_images")
 
 
 def define_flags(fv) -> None:

@@ -298,6 +298,9 @@ def exit_speed(config, flags) -> None:
         raise UserError(f"--rows={','.join(flags.rows)}: want numbers of at least 1")
     if flags.random_heads and not 0 < flags.random_heads < 1:
         raise UserError(f"--random_heads={flags.random_heads} must be a layer ratio between 0 and 1")
+    if config.policy.by_step and flags.released_images:
+        raise UserError("--config.policy.by_step=true: the released algorithm has one threshold for all calls; leave "
+                        "it out by --released_images=0")
     if flags.steps:
         config.sampler.steps = flags.steps
     device = cli.choose_device(config.compute.device)

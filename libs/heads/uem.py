@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import UserError
 
@@ -60,6 +61,20 @@ class UEMHeads(nn.ModuleList):
             bias = bias + time.to(of_time.dtype) @ of_time.mT  # n b out; W [x, e] = W_x x + W_e e
         logits = (tokens.reshape(n, b * l, d) @ weight.mT).view(n, b, l, -1) + bias[:, :, None]
         return logits.float().sigmoid()
+
+    def of_layer(self, layer: int, tokens: Tensor, time: Tensor | None = None) -> Tensor:
+        """Certainty (b, l, out) of one layer's tokens (b, l, d), as `forward` gives it, for a decision while sampling.
+
+        In the precision of the tokens, since a copy of them in that of autocast takes as long as the product itself.
+        """
+        head = self[layer].lte
+        weight, bias = head.weight.to(tokens.dtype), head.bias.to(tokens.dtype)
+        with torch.autocast(tokens.device.type, enabled=False):
+            if self.form != "paper":
+                return F.linear(tokens, weight, bias).float().sigmoid()
+            weight, of_time = weight.split(self.dim, dim=1)
+            bias = F.linear(time.to(of_time.dtype), of_time, bias)
+            return (F.linear(tokens, weight) + bias[:, None]).float().sigmoid()
 
 
 def infer_form(tensors: Mapping[str, Tensor], dim: int, layers: int) -> str:

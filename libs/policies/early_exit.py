@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..backbones.uvit import UViT
 from ..errors import UserError, choose
 from .exit_calibration import calibration_exits, depth_quantiles, find_threshold
+from .exit_demands import call_thresholds, call_weights
 from .exit_record import ExitRecord
-from .exit_schedule import depths_of, nearest_depths
+from .exit_schedule import depths_of, nearest
 from .exit_walk import Walk, truncated
 from .full import Full
 from .sites import unwrap
@@ -31,6 +32,9 @@ class EarlyExit:
     threshold            certainty (0, 1] above which an image leaves; 1 is the plain network
     target_layer_ratio   layers to run, as a share of all: replaces the threshold by the one that gives it on
                          `calibration_images` images, found before the first loop; 0 takes `threshold`
+    by_step              the uncertainty of a call counts by how far an error of its output moves the image in its step
+                         of the sampler, `threshold` where that is farthest; else all calls count alike, as published.
+                         See `exit_demands`
     check_every          layers between two looks at the certainty, each of which waits for the device once
     compact_from         share of the rows at hand that must have left before the others go on without them; till then
                          they are carried on, which changes nothing of their result
@@ -46,6 +50,7 @@ class EarlyExit:
     mode: str = "per_sample"
     threshold: float = 0.92
     target_layer_ratio: float = 0.0
+    by_step: bool = False
     check_every: int = 1
     compact_from: float = 0.125
     patience: int = 1
@@ -196,6 +201,22 @@ class PerSample(EarlyExitPolicy):
         compiled = compiler_of(net)
         self.blocks = [compiled(block) for block in self.inner.block_list()]
         self.checks = range(settings.check_every, self.layers, settings.check_every)
+        self.weights: Tensor | None = None  # of the calls of the chain's loop
+        self.thresholds: list[float] = []  # of the present loop's calls, where they differ
+
+    def prepare(self, chain: Any) -> None:
+        super().prepare(chain)
+        if self.settings.by_step:
+            self.weights = call_weights(chain)
+
+    def start(self, times: Tensor, rows_per_image: int = 1) -> None:
+        super().start(times, rows_per_image)
+        if self.settings.by_step:
+            if self.weights is None:
+                raise UserError("policy.by_step follows the steps of a sampler, so it needs a chain; make it by "
+                                "build.make_chain")
+            thresholds = call_thresholds(self.threshold, self.weights).tolist()
+            self.thresholds = list(nearest(thresholds, self.chain.denoiser.time_input(self.chain.times), times))
 
     def __call__(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, context: Tensor | None = None,
                  **more: Tensor) -> Tensor:
@@ -212,12 +233,16 @@ class PerSample(EarlyExitPolicy):
                      "executed": torch.tensor(executed).to(x.device, non_blocking=True)}
         return out
 
+    def demanded(self) -> float:
+        """The threshold of the present call."""
+        return self.thresholds[len(self._loop)] if self.settings.by_step else self.threshold
+
     def certain(self, rows: int) -> Callable[[Tensor], Tensor]:
         """Which rows are certain enough, of a call of so many: (n, patches, p1 p2 c) certainties -> (n,) bool."""
-        pairs = self.rows_per_image == 2 and self.settings.joint
+        pairs, threshold = self.rows_per_image == 2 and self.settings.joint, self.demanded()
 
         def decide(certainty: Tensor) -> Tensor:
-            sure = certainty.mean(dim=(1, 2)) > self.threshold
+            sure = certainty.mean(dim=(1, 2)) > threshold
             return sure.view(2, -1).all(0).repeat(2) if pairs else sure
 
         return decide
@@ -233,9 +258,10 @@ class BatchMean(PerSample):
     def certain(self, rows: int) -> Callable[[Tensor], Tensor]:
         # The released code calls the two halves of a guided pair one after the other.
         group = rows // 2 if self.rows_per_image == 2 and not self.settings.joint else rows
+        threshold = self.demanded()
 
         def decide(certainty: Tensor) -> Tensor:
-            sure = certainty.mean(dim=(1, 2)).view(-1, group).mean(1) > self.threshold
+            sure = certainty.mean(dim=(1, 2)).view(-1, group).mean(1) > threshold
             return sure.repeat_interleave(group)
 
         return decide
@@ -270,7 +296,7 @@ class Scheduled(EarlyExitPolicy):
         super().start(times, rows_per_image)
         if self.chain is None:
             self.schedule, self.made_for = depths_of(self.settings.schedule, self.layers, times), times
-        self.depths = nearest_depths(self.schedule, self.made_for, times)
+        self.depths = nearest(self.schedule, self.made_for, times)
 
     def _calibrate(self) -> None:
         if self.settings.target_layer_ratio:

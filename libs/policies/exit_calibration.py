@@ -28,6 +28,7 @@ def calibration_exits(chain: Any, policy: Full, count: int) -> Tensor:
     denoiser = copy.copy(chain.denoiser)
     denoiser.net = policy
     chain, exits = replace(chain, policy=policy, denoiser=denoiser), []
+    policy.prepare(chain)
     for start in range(0, count, chain.rows):
         group = range(start, min(start + chain.rows, count))
         labels = [i % chain.num_classes for i in group] if chain.num_classes else None

@@ -118,12 +118,12 @@ def write_schedule(path: str | Path, depths: Sequence[int], layers: int, times: 
     write_json(path, content)
 
 
-def nearest_depths(depths: Sequence[int], made_for: Tensor, times: Tensor) -> tuple[int, ...]:
-    """Depths for other `times` than they were `made_for`: of the nearest one each."""
+def nearest(values: Sequence[Any], made_for: Tensor, times: Tensor) -> tuple[Any, ...]:
+    """Depths, or what else there is one of a call, for other `times` than they were `made_for`: of the nearest each."""
     if torch.equal(made_for, times):
-        return tuple(depths)
-    nearest = (times[:, None] - made_for[None]).abs().argmin(dim=1)
-    return tuple(depths[i] for i in nearest.tolist())
+        return tuple(values)
+    places = (times[:, None] - made_for[None]).abs().argmin(dim=1)
+    return tuple(values[i] for i in places.tolist())
 
 
 def _from_file(path: Path, layers: int, times: Tensor | None) -> tuple[int, ...]:
