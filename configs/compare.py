@@ -36,12 +36,11 @@ UVIT_STUDENTS = [UVIT | {"checkpoint": f"cifar10_uvit_student_{steps}", "sampler
 AS_MANY_CALLS = [("ddim", 4), ("dpm_solver_pp", 4), ("ddim", 8)]  # as the students; their 8 of DPM-Solver++ are there
 EXIT = UVIT | {"checkpoint": "cifar10_uvit_tiny_early_exit"}  # whose cells are left out while it is not there
 EARLY_EXIT = {"policy": "early_exit", "cost_images": 32}
-SCHEDULE = {"label": "schedule_0.6", "settings": {"mode": "schedule", "target_layer_ratio": 0.6}}
+SCHEDULE = {"label": "by_step_schedule_0.6",
+            "settings": {"by_step": True, "mode": "schedule", "target_layer_ratio": 0.6}}
+PER_SAMPLE = {"label": "by_step_threshold_0.98", "settings": {"by_step": True, "threshold": 0.98}}
 SPLIT = {"label": "split_1_0.5", "settings": {"mode": "schedule", "schedule": "1x4,13x4"}}
-ON_UVIT = [
-    UVIT, EXIT, EXIT | EARLY_EXIT | {"label": "threshold_0.92", "settings": {"threshold": 0.92}},
-    EXIT | EARLY_EXIT | SCHEDULE,
-]
+ON_UVIT = [UVIT, EXIT, *(EXIT | EARLY_EXIT | exits for exits in (PER_SAMPLE, SCHEDULE))]
 EXIT_STUDENT = UVIT | {"checkpoint": "cifar10_uvit_student_8_early_exit", "sampler": "ddim", "steps": 8, "fixed": True}
 UVIT_SAMPLERS = [("dpm_solver_pp", 8), ("dpm_solver_pp", 20), ("dpm_solver", 50)]
 
@@ -56,6 +55,6 @@ def get_grid() -> list[dict]:
     cells += [UVIT | {"sampler": sampler, "steps": steps} for sampler, steps in AS_MANY_CALLS]
     cells += [unet | {"sampler": sampler, "steps": steps}
               for sampler, steps in [("ddim", 2), ("dpm_solver_pp", 2), *AS_MANY_CALLS]]
-    cells += [EXIT_STUDENT, *(EXIT_STUDENT | EARLY_EXIT | depths for depths in (SCHEDULE, SPLIT))]
+    cells += [EXIT_STUDENT, *(EXIT_STUDENT | EARLY_EXIT | exits for exits in (PER_SAMPLE, SCHEDULE, SPLIT))]
     cells += [uvit | {"sampler": sampler, "steps": steps} for sampler, steps in UVIT_SAMPLERS for uvit in ON_UVIT]
     return sorted(cells, key=lambda cell: cell["steps"])

@@ -219,7 +219,7 @@ def test_names_and_schedules_of_the_sweep_of_early_exit():
         assert f"{before}_full_{sampler}_{steps}" in own  # before fine-tuning
         assert f"{before}_early_exit_full_{sampler}_{steps}" in own
         families = [cell.family for cell in own.values() if cell.family]
-        assert sorted({name: families.count(name) for name in families}.values()) == [1, 3, 4, 5, thresholds]
+        assert sorted({name: families.count(name) for name in families}.values()) == [1, 3, 4, 4, 4, 5, thresholds]
         schedules = [cell.settings["schedule"] for cell in own.values() if "schedule" in cell.settings]
         assert [len(depths_of(text, 13, torch.arange(steps))) for text in schedules] == [steps] * 8
     for cell in cells:
@@ -240,7 +240,7 @@ def test_the_released_results_are_cells_of_the_declared_grid():
     assert results.keys() <= {cell.name for cell in plan(cells, results)}
     sweep = {cell.name: cell for cell in load_grid("configs/early_exit.py")}
     shared = [cell for cell in cells if cell.name in sweep]
-    assert len(shared) == 17
+    assert len(shared) == 18
     assert all(cell in shared for cell in cells if "early_exit" in cell.name)
     for cell in shared:  # but for what decides only about their neighbours
         assert replace(sweep[cell.name], family="", fixed=cell.fixed) == cell
