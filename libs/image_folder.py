@@ -24,6 +24,8 @@ from .provenance import file_sha256
 CHAIN = "chain.json"
 NUMBERED = "[0-9]*.png"  # one image a seed; a grid beside them does not match
 SECTIONS = ("schedule", "denoiser", "codec", "policy", "sampler")
+# Settings that came later, and the value at which nothing is other than before: what was made then stays valid.
+LATER = {("policy", "by_step"): False}
 
 
 def fingerprint(config: Mapping, checkpoint: Path, labels_rule: str | None = None) -> dict[str, Any]:
@@ -38,6 +40,9 @@ def fingerprint(config: Mapping, checkpoint: Path, labels_rule: str | None = Non
         compute["compile_mode"] = mode
     held |= {"checkpoint_sha256": file_sha256(checkpoint), "labels": labels_rule, "compute": compute}
     held |= policy_files(held["policy"])
+    for (section, name), value in LATER.items():
+        if held[section].get(name) == value:
+            del held[section][name]
     return json.loads(json.dumps(held))  # tuples become lists, as they will when it is read again
 
 

@@ -10,7 +10,7 @@ import torch
 from libs import config as config_files
 from libs.data.images import save_png
 from libs.errors import UserError
-from libs.image_folder import ImageFolder, fingerprint, image_names, read_chain
+from libs.image_folder import LATER, ImageFolder, fingerprint, image_names, read_chain
 from libs.provenance import file_sha256
 
 CHAIN = {"sampler": {"name": "ddim", "steps": 50}, "checkpoint_sha256": "ab"}
@@ -125,6 +125,19 @@ def test_fingerprint_names_what_decides_the_pixels(tmp_path):
     assert fingerprint(other, weights) == first
     weights.write_bytes(b"other weights")
     assert fingerprint(config, weights) != first
+
+
+def test_settings_that_came_later_leave_what_was_made_before_valid(tmp_path):
+    """At the value at which they change nothing; each of them is a setting."""
+    config = config_files.load("configs/cifar10_uvit_tiny.py:early_exit")
+    weights = tmp_path / "a.safetensors"
+    weights.write_bytes(b"weights")
+    first = fingerprint(config, weights)
+    for (section, name), value in LATER.items():
+        assert config[section][name] == value
+        assert name not in first[section]
+    config.policy.by_step = True
+    assert fingerprint(config, weights)["policy"]["by_step"] is True
 
 
 def test_hash_of_files_and_folders(tmp_path):
