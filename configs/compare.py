@@ -42,7 +42,7 @@ PER_SAMPLE = {"label": "by_step_threshold_0.98", "settings": {"by_step": True, "
 SPLIT = {"label": "split_1_0.5", "settings": {"mode": "schedule", "schedule": "1x4,13x4"}}
 ON_UVIT = [UVIT, EXIT, *(EXIT | EARLY_EXIT | exits for exits in (PER_SAMPLE, SCHEDULE))]
 EXIT_STUDENT = UVIT | {"checkpoint": "cifar10_uvit_student_8_early_exit", "sampler": "ddim", "steps": 8, "fixed": True}
-UVIT_SAMPLERS = [("dpm_solver_pp", 8), ("dpm_solver_pp", 20), ("dpm_solver", 50)]
+UVIT_SAMPLERS = [("dpm_solver_pp", 8), ("dpm_solver_pp", 20), ("ddim", 50), ("dpm_solver", 50)]
 
 
 def get_grid() -> list[dict]:

@@ -240,7 +240,7 @@ def test_the_released_results_are_cells_of_the_declared_grid():
     assert results.keys() <= {cell.name for cell in plan(cells, results)}
     sweep = {cell.name: cell for cell in load_grid("configs/early_exit.py")}
     shared = [cell for cell in cells if cell.name in sweep]
-    assert len(shared) == 18
+    assert len(shared) == 22
     assert all(cell in shared for cell in cells if "early_exit" in cell.name)
     for cell in shared:  # but for what decides only about their neighbours
         assert replace(sweep[cell.name], family="", fixed=cell.fixed) == cell
