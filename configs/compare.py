@@ -34,7 +34,7 @@ UVIT = {"config": "configs/cifar10_uvit_tiny.py"}
 UVIT_STUDENTS = [UVIT | {"checkpoint": f"cifar10_uvit_student_{steps}", "sampler": "ddim", "steps": steps, "fixed": True}
                  for steps in (4, 8)]
 AS_MANY_CALLS = [("ddim", 4), ("dpm_solver_pp", 4), ("ddim", 8)]  # as the students; their 8 of DPM-Solver++ are there
-EXIT = UVIT | {"checkpoint": "cifar10_uvit_tiny_early_exit"}  # whose cells are left out while it is not there
+EXIT = UVIT | {"checkpoint": "cifar10_uvit_tiny_early_exit"}
 EARLY_EXIT = {"policy": "early_exit", "cost_images": 32}
 SCHEDULE = {"label": "by_step_schedule_0.6",
             "settings": {"by_step": True, "mode": "schedule", "target_layer_ratio": 0.6}}
