@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..heads import UEMHeads
+from ..heads import MeanCertainty, UEMHeads
 from .attention import choose_attention, sdpa_attention
 from .concat import join_concat, widened
 from .recompute import checkpoint
@@ -265,7 +265,11 @@ class UViT(nn.Module):
         tokens (b, extras + patches, d) after that block, time what `uem_time` gives; returns (b, patches, p1 p2 c) in
         float32, from 0 to 1. `unpatchify` makes maps of it.
         """
-        return self.lte_classifer.of_layer(layer, tokens, time)[:, self.extras:]  # cutting tokens would copy them
+        return self.lte_classifer(tokens[None], time, layer)[0, :, self.extras:]
+
+    def mean_certainty(self) -> MeanCertainty:
+        """Asks the uncertainty heads for one number a row, with the weights that they have now."""
+        return MeanCertainty(self.lte_classifer, self.extras)
 
     def layers(self, tokens: Tensor) -> Iterator[Tensor]:
         """Run the blocks on what `embed` gives: the tokens after each of them in turn."""

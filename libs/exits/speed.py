@@ -84,12 +84,12 @@ class Released(Full):
 
     def _row(self, x: Tensor, timesteps: Tensor, cond: dict[str, Tensor]) -> Tensor:
         net, skips, crossings = self.net, [], 0
+        mean_certainty = net.mean_certainty()
         tokens, time = net.embed(x, timesteps, **cond), net.uem_time(timesteps)
         for layer, block in enumerate(net.block_list(), start=1):
             tokens = run_layer(net, block, layer, tokens, skips)
-            certainty = net.certainty(layer - 1, tokens, time)
             net.head(tokens)
-            if certainty.mean() > self.threshold:  # waits for the device
+            if mean_certainty(layer - 1, tokens, time)[0] > self.threshold:  # waits for the device
                 crossings += 1
                 if layer > len(net.in_blocks) or crossings >= self.patience:
                     break

@@ -1,5 +1,5 @@
 """Small networks on the features between a backbone's layers."""
 
-from .uem import FORMS, UEMHeads, infer_form
+from .uem import FORMS, MeanCertainty, UEMHeads, infer_form
 
-__all__ = ["FORMS", "UEMHeads", "infer_form"]
+__all__ = ["FORMS", "MeanCertainty", "UEMHeads", "infer_form"]

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import UserError
 
@@ -62,19 +61,50 @@ class UEMHeads(nn.ModuleList):
         logits = (tokens.reshape(n, b * l, d) @ weight.mT).view(n, b, l, -1) + bias[:, :, None]
         return logits.float().sigmoid()
 
-    def of_layer(self, layer: int, tokens: Tensor, time: Tensor | None = None) -> Tensor:
-        """Certainty (b, l, out) of one layer's tokens (b, l, d), as `forward` gives it, for a decision while sampling.
 
-        In the precision of the tokens, since a copy of them in that of autocast takes as long as the product itself.
+class MeanCertainty:
+    """What the heads of a network say of whole rows, one layer at a time, for a decision while sampling.
+
+    heads        of all layers; what of them is used is taken once, so a loop makes a new one
+    first_patch  tokens before the patches, whose certainty does not count
+
+    A batch waits for it after every layer, where caches are cold and each operation shows. So there are few, and tokens
+    are read as they are: a copy of them in autocast's precision would take as long as the product. Results that are
+    written to a given place are what autocast leaves alone.
+    """
+
+    def __init__(self, heads: UEMHeads, first_patch: int):
+        self.first_patch = first_patch
+        weights = [head.lte.weight.detach().split(heads.dim, dim=1) for head in heads]  # of tokens, and of time
+        biases = [head.lte.bias.detach() for head in heads]
+        self.parameters = {weights[0][0].dtype: [(*each, bias) for each, bias in zip(weights, biases, strict=True)]}
+
+    def __call__(self, layer: int, tokens: Tensor, time: Tensor | None = None) -> list[float]:
+        """Mean certainty of the patches of each row, on the host, by the head of `layer` (0 is the first).
+
+        tokens: (b, first_patch + patches, d) after that layer. time: (b, d) timestep embedding, for the form `paper`.
         """
-        head = self[layer].lte
-        weight, bias = head.weight.to(tokens.dtype), head.bias.to(tokens.dtype)
-        with torch.autocast(tokens.device.type, enabled=False):
-            if self.form != "paper":
-                return F.linear(tokens, weight, bias).float().sigmoid()
-            weight, of_time = weight.split(self.dim, dim=1)
-            bias = F.linear(time.to(of_time.dtype), of_time, bias)
-            return (F.linear(tokens, weight) + bias[:, None]).float().sigmoid()
+        weight, *of_time, bias = self._in(tokens.dtype)[layer]
+        tokens = tokens.detach()
+        logits = _linear(tokens.flatten(0, 1), weight, bias).view(*tokens.shape[:2], -1).float()
+        for each in of_time:
+            logits += _linear(time.to(each.dtype), each)[:, None]
+        patches = logits.sigmoid_()[:, self.first_patch:]  # cutting the tokens would copy them
+        count = patches[0].numel()
+        return [total / count for total in patches.sum(dim=(1, 2)).tolist()]
+
+    def _in(self, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+        """Weight of the tokens (out, d), in the form `paper` that of time too, and bias (out,) of all layers."""
+        if dtype not in self.parameters:
+            known = next(iter(self.parameters.values()))
+            self.parameters[dtype] = [tuple(part.to(dtype) for part in head) for head in known]
+        return self.parameters[dtype]
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(n, d) rows, (out, d) weight -> (n, out)."""
+    out = rows.new_empty(len(rows), len(weight))
+    return torch.mm(rows, weight.mT, out=out) if bias is None else torch.addmm(bias, rows, weight.mT, out=out)
 
 
 def infer_form(tensors: Mapping[str, Tensor], dim: int, layers: int) -> str:

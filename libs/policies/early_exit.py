@@ -7,6 +7,7 @@ paper's, an uncertainty, is 1 minus it.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -201,6 +202,7 @@ class PerSample(EarlyExitPolicy):
         compiled = compiler_of(net)
         self.blocks = [compiled(block) for block in self.inner.block_list()]
         self.checks = range(settings.check_every, self.layers, settings.check_every)
+        self.certainty: Callable[..., list[float]] | None = None  # by the heads as they are in the present loop
         self.weights: Tensor | None = None  # of the calls of the chain's loop
         self.thresholds: list[float] = []  # of the present loop's calls, where they differ
 
@@ -211,6 +213,8 @@ class PerSample(EarlyExitPolicy):
 
     def start(self, times: Tensor, rows_per_image: int = 1) -> None:
         super().start(times, rows_per_image)
+        if self.threshold < 1:
+            self.certainty = self.inner.mean_certainty()
         if self.settings.by_step:
             if self.weights is None:
                 raise UserError("policy.by_step follows the steps of a sampler, so it needs a chain; make it by "
@@ -226,7 +230,7 @@ class PerSample(EarlyExitPolicy):
         else:
             net, settings = self.inner, self.settings
             walk = Walk(net, net.embed(x, timesteps, y, context, **more), net.uem_time(timesteps),
-                        self.certain(len(x)), settings.patience, settings.compact_from)
+                        self.certainty, self.sure(len(x)), settings.patience, settings.compact_from)
             out, exits, executed = walk.run(self.blocks, self.checks)
         self._note(exits, executed)
         self.last = {"exit_layer": torch.tensor(exits).to(x.device, non_blocking=True),
@@ -237,13 +241,14 @@ class PerSample(EarlyExitPolicy):
         """The threshold of the present call."""
         return self.thresholds[len(self._loop)] if self.settings.by_step else self.threshold
 
-    def certain(self, rows: int) -> Callable[[Tensor], Tensor]:
-        """Which rows are certain enough, of a call of so many: (n, patches, p1 p2 c) certainties -> (n,) bool."""
+    def sure(self, rows: int) -> Callable[[list[float]], list[bool]]:
+        """Which rows are certain enough, by the mean certainty of each, in a call of so many."""
         pairs, threshold = self.rows_per_image == 2 and self.settings.joint, self.demanded()
 
-        def decide(certainty: Tensor) -> Tensor:
-            sure = certainty.mean(dim=(1, 2)) > threshold
-            return sure.view(2, -1).all(0).repeat(2) if pairs else sure
+        def decide(certainty: list[float]) -> list[bool]:
+            sure = [each > threshold for each in certainty]
+            half = len(sure) // 2
+            return [both == (True, True) for both in zip(sure[:half], sure[half:], strict=True)] * 2 if pairs else sure
 
         return decide
 
@@ -255,14 +260,14 @@ class BatchMean(PerSample):
     batch of `eval.cost_images` images.
     """
 
-    def certain(self, rows: int) -> Callable[[Tensor], Tensor]:
+    def sure(self, rows: int) -> Callable[[list[float]], list[bool]]:
         # The released code calls the two halves of a guided pair one after the other.
         group = rows // 2 if self.rows_per_image == 2 and not self.settings.joint else rows
         threshold = self.demanded()
 
-        def decide(certainty: Tensor) -> Tensor:
-            sure = certainty.mean(dim=(1, 2)).view(-1, group).mean(1) > threshold
-            return sure.repeat_interleave(group)
+        def decide(certainty: list[float]) -> list[bool]:
+            means = [fmean(certainty[i:i + group]) for i in range(0, len(certainty), group)]
+            return [mean > threshold for mean in means for _ in range(group)]
 
         return decide
 

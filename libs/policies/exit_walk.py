@@ -52,8 +52,9 @@ class Walk:
 
     tokens        (b, l, d) before the first block
     time          (b, d) what the uncertainty heads are told of the time, or None
-    certain       which of the rows at hand are certain enough: (n, patches, p1 p2 c) certainties -> (n,) bool. They
-                  stand in the order of the call; those that have left but are carried on are among them
+    certainty     of the rows at hand after a layer, see `heads.MeanCertainty`
+    sure          which of these rows that is enough for. They stand in the order of the call; those that have left but
+                  are carried on are among them
     patience      in-blocks at which a row must be certain, the last of which it leaves at; mid and out-blocks it leaves
                   at once
     compact_from  share of the rows at hand that must have left before the others go on without them
@@ -61,9 +62,9 @@ class Walk:
     Which row goes is decided on the host, so a layer that is looked at costs one wait for the device.
     """
 
-    def __init__(self, net: UViT, tokens: Tensor, time: Tensor | None, certain: Callable[[Tensor], Tensor],
-                 patience: int, compact_from: float):
-        self.net, self.tokens, self.time, self.certain = net, tokens, time, certain
+    def __init__(self, net: UViT, tokens: Tensor, time: Tensor | None, certainty: Callable[..., list[float]],
+                 sure: Callable[[list[float]], list[bool]], patience: int, compact_from: float):
+        self.net, self.tokens, self.time, self.certainty, self.sure = net, tokens, time, certainty, sure
         self.patience, self.compact_from = patience, compact_from
         self.rows = list(range(len(tokens)))  # of the call, that are at hand
         self.skips: list[Tensor] = []
@@ -94,8 +95,8 @@ class Walk:
         return [place for place, row in enumerate(self.rows) if not self.exit_layer[row]]
 
     def _leaving(self, layer: int) -> list[int]:
-        certain = self.certain(self.net.certainty(layer - 1, self.tokens, self.time)).tolist()
-        leaving = [place for place in self._staying() if certain[place]]
+        sure = self.sure(self.certainty(layer - 1, self.tokens, self.time))
+        leaving = [place for place in self._staying() if sure[place]]
         if layer > len(self.net.in_blocks):
             return leaving
         for place in leaving:
