@@ -83,6 +83,18 @@ def test_an_exit_does_not_depend_on_batch_mates():
     assert torch.equal(policy.last["exit_layer"], exits[few])
 
 
+def test_a_loop_asks_the_heads_as_they_are_then():
+    net = tiny()
+    x, t, more = inputs(net)
+    policy = EarlyExit(threshold=THRESHOLD).attach(net)
+    for sure in (4, 5):  # at the first out-block, whose tokens are bfloat16 under autocast; then nowhere
+        for layer, head in enumerate(net.lte_classifer, start=1):
+            nn.init.constant_(head.lte.bias, 40.0 if layer == sure else -40.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            run(policy, x, t, more)
+        assert policy.last["exit_layer"].unique().tolist() == [sure]
+
+
 @pytest.mark.parametrize("joint", [True, False])
 def test_the_rows_of_a_guided_pair_leave_together_or_each_by_itself(joint):
     net = tiny()

@@ -94,6 +94,32 @@ def test_certainty_is_float32_under_autocast():
     assert (certainty - exact).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_are_as_certain_as_their_patches(form):
+    net = tiny(uem=form, num_classes=5)
+    tokens, time = torch.randn(3, 2 + 4, 64), net.uem_time(torch.tensor([3.0, 400.0, 900.0]))
+    ask = net.mean_certainty()
+    for layer in range(5):
+        expected = net.certainty(layer, tokens, time).mean(dim=(1, 2)).tolist()
+        assert ask(layer, tokens, time) == pytest.approx(expected, abs=1e-6)
+        assert ask(layer, tokens[1:], time if time is None else time[1:]) == pytest.approx(expected[1:], abs=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_are_asked_in_the_precision_of_their_tokens(form):
+    """Autocast makes no copy of them: float32 tokens, as the in-blocks give them, are not rounded."""
+    net = tiny(uem=form)
+    tokens, time = torch.randn(2, 5, 64), net.uem_time(torch.tensor([3.0, 700.0]))
+    exact = net.mean_certainty()(2, tokens, time)
+    with torch.autocast("cpu", torch.bfloat16):
+        ask = net.mean_certainty()
+        assert ask(2, tokens, time) == exact
+        rounded = ask(2, tokens.bfloat16(), time)
+        assert ask(2, tokens, time) == exact
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, abs=0.01)
+
+
 # All of them at once
 
 
