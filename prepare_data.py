@@ -33,7 +33,7 @@ from libs.data.feature_data import PARTS, RECORDS
 from libs.data.image_files import list_images, open_files
 from libs.data.images import save_png
 from libs.data.lmdb_images import RESAMPLE, pack_images
-from libs.data.make_features import write_empty, write_latents, write_prompts, write_texts
+from libs.data.make_features import made_by, write_empty, write_latents, write_prompts, write_texts
 from libs.data.make_shards import write_shards
 from libs.data.pictures import Pictures
 from libs.data.raw import captioned, imagenet, read_captions
@@ -193,7 +193,7 @@ def latents(config, flags) -> None:
     flips = pictures.labels is not None if flags.flips is None else flags.flips
     folder = cli.output_dir(Path(flags.out, flags.split) if flags.captions else flags.out)
     written = write_latents(pictures, codec.moments, folder, section.image_size, section.channels, flips,
-                            {"autoencoder": config.codec.pretrained}, processes)
+                            made_by("autoencoder", config.codec.pretrained, codec.vae), processes)
     if processes.is_main:
         print(f"{folder}: latents of {written:,} images" + f", {written // 2:,} of them mirrored" * flips)
     processes.close()
@@ -207,7 +207,7 @@ def pipeline_latents(config, flags) -> None:
     processes = Processes(cli.choose_device(config.compute.device))
     model = _pipeline_model(config)
     codec = PipelineCodec(model.pipe.vae, processes.device, chunk=CHUNK)
-    folder, made_from = Path(flags.out), {"autoencoder": config.pipeline.path}
+    folder, made_from = Path(flags.out), made_by("autoencoder", config.pipeline.path, codec.vae)
     if flags.captions:
         folder, pictures = folder / flags.split, _pictures(flags, labelled=False)
     else:
@@ -230,7 +230,8 @@ def pipeline_text(config, flags) -> None:
     model = _pipeline_model(config)
     model.encoders_to(processes.device)
     root = folder = cli.output_dir(flags.out)
-    made_from = {"text_encoder": config.pipeline.path, "precision": config.compute.precision}
+    made_from = {**made_by("text_encoder", config.pipeline.path, *model.text_encoders()),
+                 "precision": config.compute.precision}
     if flags.captions:
         folder, captions = root / flags.split, _coco_texts(flags)
     else:
@@ -321,7 +322,8 @@ def text(config, flags) -> None:
     root = cli.output_dir(flags.out)
     if captions:
         written = write_texts(captions, encoder, root / flags.split,
-                              {"text_encoder": config.cond.text_encoder, "tokens": config.cond.tokens}, processes)
+                              {**made_by("text_encoder", config.cond.text_encoder, encoder.net),
+                               "tokens": config.cond.tokens}, processes)
     if processes.is_main:
         write_empty(encoder.empty, root)
         if captions:

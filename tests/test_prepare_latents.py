@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import CROSS, clip_text_model, clip_tokenizer
 
 import prepare_data
@@ -339,6 +341,35 @@ def test_a_folder_made_from_something_else_is_not_gone_on_with(run_main, tmp_pat
     write_image(imagenet / CLASSES[0] / f"{CLASSES[0]}_0.JPEG", 77)
     assert "were made from other images; choose" in error_of(run_main(prepare_data.main, *argv, "--limit=3"))
     assert contents(tmp_path / "f") == before
+
+
+@pytest.mark.parametrize(("command", "model"), [("latents", "autoencoder"), ("text", "text_encoder")])
+def test_a_model_counts_by_its_weights_and_not_by_where_it_lies(run_main, tmp_path, models, coco, command, model):
+    moved = shutil.copytree(models, tmp_path / "moved")
+    flags = [f"--captions={tmp_path}/captions.json", f"--out={tmp_path}/f"]
+    flags += [f"--images={coco}"] if command == "latents" else []
+    prepare(run_main, command, *texted(models), *flags)
+    written, record = contents(tmp_path / "f"), next((tmp_path / "f/train").glob(f".{command}*.json"))
+    prepare(run_main, command, *texted(moved), *flags)
+    assert {**contents(tmp_path / "f"), f"train/{record.name}": ""} == {**written, f"train/{record.name}": ""}
+
+    weights = moved / {"latents": "vae/diffusion_pytorch_model.safetensors", "text": "clip/model.safetensors"}[command]
+    save_file({name: each + 1 for name, each in load_file(weights).items()}, weights, {"format": "pt"})
+    before = contents(tmp_path / "f")
+    told = error_of(run_main(prepare_data.main, command, *texted(moved), *flags))
+    place = moved / {"latents": "vae", "text": "clip"}[command]
+    assert told == (f"--out: the features in {tmp_path}/f/train were made with other weights of {model}="
+                    f"{str(place)!r}; choose another folder")
+    assert contents(tmp_path / "f") == before
+
+    # Records of before the weights' digests tell models by their names.
+    record.write_text(json.dumps({name: value for name, value in json.loads(record.read_text()).items()
+                                  if name != f"{model}_weights"}))
+    told = error_of(run_main(prepare_data.main, command, *texted(models), *flags))
+    assert f"were made with {model}={str(place)!r}, not " in told
+    if command == "latents":  # texts are told by the empty one too
+        prepare(run_main, command, *texted(moved), *flags)
+        assert f"{model}_weights" in record.read_text()
 
 
 BAD = [

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import reason, write_json
 from ..processes import Processes
+from ..weights import weights_digest
 from .feature_data import EMPTY, LATENTS_RECORD, PROMPTS, TEXTS_RECORD, read_context
 from .feature_files import write_feature
 from .parallel import cores
@@ -26,6 +27,7 @@ from .shards import ShardData
 BATCH = 256  # images whose flips stand behind them
 GROUP = 32  # images or texts that a process works on at once; divides BATCH
 DIGEST = "sha256"  # of the images' names, sizes and times, or of the texts
+WEIGHTS = "_weights"  # behind a model's name in a record: the digest of its weights
 
 
 def write_latents(pictures: Pictures | ShardData, moments: Callable[[Tensor], Tensor], folder: Path, size: int,
@@ -119,6 +121,11 @@ def write_empty(empty: Tensor, root: Path) -> None:
     write_feature(path, made.numpy())
 
 
+def made_by(model: str, name: str, *nets: nn.Module) -> dict[str, str]:
+    """What a record says of a model, such as an "autoencoder": its name as the user gave it, and its weights."""
+    return {model: name, model + WEIGHTS: weights_digest(nn.ModuleList(nets))}
+
+
 class _Making:
     """A folder of features while they are made: says what from, and, when all processes are done, that they are whole.
 
@@ -131,19 +138,27 @@ class _Making:
     def __enter__(self) -> None:
         try:
             held = json.loads(self.record.read_text())
-            different = [field for field in self.made_from if held.get(field) != self.made_from[field]]
+            different = [field for field in self.made_from if self._differs(held, field)]
         except FileNotFoundError:
             held, different = {}, []
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"--out: {self.record} cannot be read ({reason(error)})") from error
         if different:
             field = different[0]
+            was, now = held.get(field), self.made_from[field]
             told = (f"from other {'texts' if self.record.name == TEXTS_RECORD else 'images'}" if field == DIGEST else
-                    f"with {field}={held.get(field)!r}, not {self.made_from[field]!r}")
+                    f"with other weights of {field}={was!r}" if was == now else f"with {field}={was!r}, not {now!r}")
             raise UserError(f"--out: the features in {self.folder} were made {told}; choose another folder")
         self.processes.gather(None)  # all have looked
         if self.processes.is_main:
             self._write(finished=False)
+
+    def _differs(self, held: dict[str, Any], field: str) -> bool:
+        """A model is the same by its weights, wherever it lies now; by its name where a record is older than these."""
+        weights = field + WEIGHTS
+        if weights in held and weights in self.made_from:
+            return held[weights] != self.made_from[weights]
+        return not field.endswith(WEIGHTS) and held.get(field) != self.made_from[field]
 
     def __exit__(self, kind: type | None, *error) -> None:
         if kind is None:

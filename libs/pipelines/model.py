@@ -82,9 +82,13 @@ class PipelineModel:
     def encoders_to(self, device: torch.device | str) -> None:
         """Move the text encoders, such as to the CPU once the texts are encoded; `encode` goes on to work there."""
         self.text_device = torch.device(device)
-        for name, part in self.pipe.components.items():
-            if name.startswith("text_encoder") and part is not None:
-                part.to(self.text_device)
+        for part in self.text_encoders():
+            part.to(self.text_device)
+
+    def text_encoders(self) -> list[nn.Module]:
+        """Those that the pipeline has, in its order."""
+        return [part for name, part in self.pipe.components.items()
+                if name.startswith("text_encoder") and part is not None]
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], **sizes: Tensor) -> dict[str, Tensor]:
