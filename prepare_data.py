@@ -29,11 +29,11 @@ from libs import cli
 from libs.build import DTYPES
 from libs.codecs import KLCodec, make_codec
 from libs.data import hold_out, load_section
-from libs.data.feature_data import PARTS, RECORDS
+from libs.data.feature_data import PARTS, RECORDS, made_by
 from libs.data.image_files import list_images, open_files
 from libs.data.images import save_png
 from libs.data.lmdb_images import RESAMPLE, pack_images
-from libs.data.make_features import made_by, write_empty, write_latents, write_prompts, write_texts
+from libs.data.make_features import write_empty, write_latents, write_prompts, write_texts
 from libs.data.make_shards import write_shards
 from libs.data.pictures import Pictures
 from libs.data.raw import captioned, imagenet, read_captions
@@ -193,7 +193,7 @@ def latents(config, flags) -> None:
     flips = pictures.labels is not None if flags.flips is None else flags.flips
     folder = cli.output_dir(Path(flags.out, flags.split) if flags.captions else flags.out)
     written = write_latents(pictures, codec.moments, folder, section.image_size, section.channels, flips,
-                            made_by("autoencoder", config.codec.pretrained, codec.vae), processes)
+                            made_by("autoencoder", config.codec.pretrained, *codec.encoder()), processes)
     if processes.is_main:
         print(f"{folder}: latents of {written:,} images" + f", {written // 2:,} of them mirrored" * flips)
     processes.close()
@@ -207,7 +207,7 @@ def pipeline_latents(config, flags) -> None:
     processes = Processes(cli.choose_device(config.compute.device))
     model = _pipeline_model(config)
     codec = PipelineCodec(model.pipe.vae, processes.device, chunk=CHUNK)
-    folder, made_from = Path(flags.out), made_by("autoencoder", config.pipeline.path, codec.vae)
+    folder, made_from = Path(flags.out), made_by("autoencoder", config.pipeline.path, *codec.encoder())
     if flags.captions:
         folder, pictures = folder / flags.split, _pictures(flags, labelled=False)
     else:

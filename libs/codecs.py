@@ -106,6 +106,10 @@ class KLCodec:
     def pixels(self, x: Tensor) -> Tensor:
         return self.vae.decode(x.to(self.device).float() / self.scale_factor).sample
 
+    def encoder(self) -> list[nn.Module]:
+        """What decides the moments. Autoencoders may share it: some of Stable Diffusion differ in the decoder alone."""
+        return [part for part in (self.vae.encoder, self.vae.quant_conv) if part is not None]
+
     def latent_shape(self, image_size: int, channels: int) -> tuple[int, int, int]:
         side = image_size // 2 ** (len(self.vae.config.block_out_channels) - 1)
         return self.vae.config.latent_channels, side, side

@@ -414,3 +414,18 @@ def test_features_of_another_resolution_are_refused_before_training(run_main, tm
                    f"--config.data.path={tmp_path}/f", "--config.data.image_size=32", "--config.backbone.img_size=16")
     assert error_of(ran) == (f"data.path='{tmp_path}/f' holds latents of 4x8x8 (channels, height, width); this network "
                              "takes 4x16x16")
+
+
+def test_latents_of_another_autoencoder_are_refused_before_training(run_main, tmp_path, models, imagenet):
+    prepare(run_main, "latents", *labelled(models), f"--images={imagenet}", f"--out={tmp_path}/f")
+    other = shutil.copytree(models, tmp_path / "other")
+    weights = other / "vae/diffusion_pytorch_model.safetensors"
+    argv = [*labelled(other), "--config.data.name=features", f"--config.data.path={tmp_path}/f"]
+    held = load_file(weights)
+    save_file({name: each * (1 + name.startswith("decoder.")) for name, each in held.items()}, weights)
+    assert len(learn(run_main, tmp_path / "decoder", *argv)) == 3  # which changes nothing of the latents
+    save_file({name: each * (1 + name.startswith("encoder.")) for name, each in held.items()}, weights)
+    ran = run_main(train.main, *argv, *LEARNS, f"--workdir={tmp_path}/encoder")
+    assert error_of(ran) == (f"data.path='{tmp_path}/f' holds latents of another autoencoder than this model's; they "
+                             f"were made by '{models}/vae'")
+    assert not (tmp_path / "encoder").exists()

@@ -16,17 +16,20 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from absl import logging
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import reason
+from ..weights import weights_digest
 from .feature_files import READERS, read_feature
 from .image_data import fits_on, host_rows
 from .packed_moments import packed_moments
@@ -35,6 +38,7 @@ PARTS = {"train": "train", "test": "val"}  # data.split -> sub-folder
 EMPTY, PROMPTS = "empty_context.npy", "run_vis"
 LATENTS_RECORD, TEXTS_RECORD = ".latents.json", ".texts.json"  # what features were made from
 RECORDS = {LATENTS_RECORD: "latents", TEXTS_RECORD: "text"}  # -> the command that makes them
+WEIGHTS = "_weights"  # behind a model's name in a record: the digest of its weights
 FILE = re.compile(r"(0|[1-9]\d*)(?:_(0|[1-9]\d*))?\.npy")
 
 
@@ -47,6 +51,7 @@ class FeatureData:
     labels         int64 (n,), or None
     empty_context  float32 (tokens, width), the empty text, or None where it is not there
     captions       for each image the files of its captions' hidden states; None where there are no texts
+    made_from      the record of what the latents were made from, see `made_by`; empty where another tool made them
     device         where `batch` and `contexts` put their results; None stands for the device of `moments`
     """
 
@@ -55,6 +60,7 @@ class FeatureData:
     labels: Tensor | None = None
     empty_context: Tensor | None = None
     captions: list[list[str]] | None = None
+    made_from: dict[str, Any] = dataclasses.field(default_factory=dict)
     device: torch.device | None = None
 
     def __post_init__(self):
@@ -98,7 +104,7 @@ class FeatureData:
             logging.info("%d latents (%.1f GB) stay in host memory: too many for %s", len(self), moments.nbytes / 1e9,
                          device)
         labels, empty = (None if each is None else each.to(device) for each in (self.labels, self.empty_context))
-        return FeatureData(self.path, moments, labels, empty, self.captions, device)
+        return dataclasses.replace(self, moments=moments, labels=labels, empty_context=empty, device=device)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Moments float32 (b, 2c, h, w), log variance in [-30, 20], and labels int64 (b,) or None, on the device.
@@ -138,6 +144,13 @@ class FeatureData:
         """The file of one caption of each image."""
         files = [self.captions[i] for i in indices.tolist()]
         return [of_image[int(draw * len(of_image))] for of_image, draw in zip(files, draws.tolist(), strict=True)]
+
+    def check_encoder(self, nets: Sequence[nn.Module]) -> None:
+        """Raise UserError where the latents are known to be of another encoder than `nets`."""
+        made_with = self.made_from.get("autoencoder" + WEIGHTS)
+        if made_with is not None and made_with != _digest(nets):
+            raise UserError(f"data.path={self.path!r} holds latents of another autoencoder than this model's; they "
+                            f"were made by {self.made_from.get('autoencoder')!r}")
 
     def check(self, latent_shape: tuple[int, int, int], context_shape: tuple[int, int] | None = None,
               beside: tuple[int] | None = None) -> None:
@@ -185,18 +198,17 @@ def read_features(root: Path, split: str = "train", cache: bool = True) -> Featu
     if not numbers:
         raise UserError(f"{where}: there are no features (0.npy, 1.npy, ...) in {folder}; python prepare_data.py "
                         "latents writes them")
-    for record in RECORDS:
-        _refuse_half_made(folder / record, where)
+    made_from, _ = (_read_record(folder / record, where) for record in (LATENTS_RECORD, TEXTS_RECORD))
     bare = [number for number in numbers if number not in captions] if captions else []
     if bare:
         raise UserError(f"{where}: {len(bare)} of {len(numbers)} images have no captions; the first: {bare[0]}_0.npy "
                         f"is not in {folder}")
     moments, labels = packed_moments(folder, numbers, cache)
     if not captions:
-        return FeatureData(str(root), moments, labels)
+        return FeatureData(str(root), moments, labels, made_from=made_from)
     files = [[f"{folder}/{number}_{k}.npy" for k in captions[number]] for number in numbers]
     empty = read_context(root / EMPTY) if (root / EMPTY).is_file() else None
-    return FeatureData(str(root), moments, labels, empty, files)
+    return FeatureData(str(root), moments, labels, empty, files, made_from)
 
 
 def read_context(path: Path, field: str = "data.path") -> Tensor:
@@ -249,16 +261,28 @@ def _list(folder: Path) -> tuple[list[int], dict[int, list[int]]]:
     return sorted(numbers), {number: sorted(of) for number, of in captions.items()}
 
 
-def _refuse_half_made(record: Path, where: str) -> None:
+def made_by(model: str, name: str, *nets: nn.Module) -> dict[str, str]:
+    """What a record says of a model, such as an "autoencoder": its name as the user gave it, and its weights."""
+    return {model: name, model + WEIGHTS: _digest(nets)}
+
+
+def _digest(nets: Sequence[nn.Module]) -> str:
+    return weights_digest(nn.ModuleList(nets))
+
+
+def _read_record(record: Path, where: str) -> dict[str, Any]:
+    """What features were made from. Raises UserError where they are half made."""
     try:
-        finished = json.loads(record.read_text())["finished"]
+        held = json.loads(record.read_text())
+        finished = held["finished"]
     except FileNotFoundError:  # other tools write none
-        return
+        return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where}: {record} cannot be read ({reason(error)})") from error
     if not finished:
         raise UserError(f"{where}: the features in {record.parent} are half made; the same prepare_data.py "
                         f"{RECORDS[record.name]} command goes on with them")
+    return held
 
 
 def _by(shape: tuple[int, ...]) -> str:

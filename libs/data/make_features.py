@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import reason, write_json
 from ..processes import Processes
-from ..weights import weights_digest
-from .feature_data import EMPTY, LATENTS_RECORD, PROMPTS, TEXTS_RECORD, read_context
+from .feature_data import EMPTY, LATENTS_RECORD, PROMPTS, TEXTS_RECORD, WEIGHTS, read_context
 from .feature_files import write_feature
 from .parallel import cores
 from .pictures import Pictures
@@ -27,7 +26,6 @@ from .shards import ShardData
 BATCH = 256  # images whose flips stand behind them
 GROUP = 32  # images or texts that a process works on at once; divides BATCH
 DIGEST = "sha256"  # of the images' names, sizes and times, or of the texts
-WEIGHTS = "_weights"  # behind a model's name in a record: the digest of its weights
 
 
 def write_latents(pictures: Pictures | ShardData, moments: Callable[[Tensor], Tensor], folder: Path, size: int,
@@ -119,11 +117,6 @@ def write_empty(empty: Tensor, root: Path) -> None:
             raise UserError(f"--out={root}: {path} is the empty text of another text encoder; choose another folder")
         return
     write_feature(path, made.numpy())
-
-
-def made_by(model: str, name: str, *nets: nn.Module) -> dict[str, str]:
-    """What a record says of a model, such as an "autoencoder": its name as the user gave it, and its weights."""
-    return {model: name, model + WEIGHTS: weights_digest(nn.ModuleList(nets))}
 
 
 class _Making:

@@ -68,6 +68,8 @@ class Batches:
         assert batch_size % (count * accumulate) == 0, (batch_size, count, accumulate)
         self.data, self.codec, self.cond, self.flip, self.seed = data, codec, cond, flip, seed
         self.batch_size, self.accumulate = batch_size, accumulate
+        if isinstance(data, FeatureData):
+            data.check_encoder(codec.encoder())
         self.share = batch_size // count
         self.first = rank * self.share
         self.order = data.order(seed) if isinstance(data, ShardData) else DataOrder(len(data), seed)

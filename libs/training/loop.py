@@ -115,9 +115,9 @@ class Trainer:
         """
         self._same_data(data)
         self._show(data)
+        self.batches = self._make_batches(data)
         self.run.claim()
         section, processes = self.section, self.processes
-        self.batches = self._make_batches(data)
         if processes.count > 1:
             logging.info("%d processes share each update, %d images each", processes.count, self.batches.share)
         self.report = Report(self.run.workdir, self.step) if processes.is_main else None
