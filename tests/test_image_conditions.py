@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from image_condition_runs import TASKS, refused, save_digits, write_config
 from PIL import Image
-from sklearn.datasets import load_digits
 from tiny_training import assert_equal_runs
 
 import distillate
@@ -30,45 +30,11 @@ from libs.training.batches import Batches
 from libs.training.run import Run
 
 CPU = torch.device("cpu")
-CONFIG = '''
-from libs.defaults import base_config
-from libs.methods import METHODS, apply_methods
-
-UVIT = {{"name": "uvit", "img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 4, "num_heads": 2}}
-UNET = {{"name": "unet2d", "sample_size": 8, "in_channels": 1 + {channels}, "out_channels": 1, "layers_per_block": 1,
-         "block_out_channels": (8, 16), "norm_num_groups": 8, "down_block_types": ("DownBlock2D", "DownBlock2D"),
-         "up_block_types": ("UpBlock2D", "UpBlock2D")}}
-
-def get_config(methods=""):
-    config = base_config()
-    config.backbone = {network} | {{"concat_channels": {channels}}}
-    config.schedule = {{"name": "squared_cosine", "steps": 64}}
-    config.denoiser.update(prediction="v", time_input="index")
-    config.cond.update(kind="image", task="{task}", factor=2, drop=0.2)
-    config.compute.update(rows=4, device="cpu")
-    config.sampler.update(name="ddim", steps=2, grid="trailing", threshold="static")
-    config.data.update(name="digits", path="", image_size=8, channels=1, flip=True)
-    config.train.update(steps=4, batch_size=8, warmup=2, log_every=1, save_every=2, keep=9, preview_every=4,
-                        preview_images=3, ema=0.5, lr=1e-3)
-    config.eval.metrics = ("psnr",)
-    apply_methods(config, methods, METHODS)
-    return config
-'''
-TASKS = {"super_resolution": ("UNET", 1), "inpainting": ("UVIT", 2)}
-
-
-def write_config(path, task="super_resolution", network="UNET", channels=1):
-    path.write_text(CONFIG.format(task=task, network=network, channels=channels))
-    return path
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """A folder of five digits."""
-    folder = tmp_path_factory.mktemp("digits")
-    for i, image in enumerate(load_digits().images[:5]):
-        save_png(folder / f"{i}.png", np.round(image * (255 / 16)).astype(np.uint8)[:, :, None])
-    return folder
+    return save_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="module", params=TASKS)
@@ -305,13 +271,6 @@ def test_masks_can_be_chosen_when_sampling(trained, digits):
     assert chain.shown.fingerprint["cond"]["masks"] == ["halves"]
 
 
-def refused(run_main, main, *argv):
-    ran = run_main(main, *argv)
-    assert ran.status == 2, ran.stderr
-    [line] = [line for line in ran.stderr.splitlines() if line.startswith("error")]
-    return line
-
-
 @pytest.mark.parametrize("trained", ["super_resolution"], indirect=True)
 def test_bad_input_gets_a_line(trained, digits, tmp_path, run_main):
     _, path, run = trained
@@ -357,62 +316,6 @@ def test_bad_input_gets_a_line(trained, digits, tmp_path, run_main):
     save_png(more / "9.png", np.zeros((8, 8, 1), np.uint8))
     assert "holds images of another chain (images_sha256" in refused(run_main, sample.main, *known, f"--images={more}",
                                                                      out)
-
-
-OWN = '''
-import torch
-from libs.conditioners import Apply, Conditioner
-
-
-class Blurred(Conditioner):
-    rate = 0.1
-
-    def __call__(self, value, draws):
-        return torch.nn.functional.avg_pool2d(value, 3, stride=1, padding=1)
-
-
-def make():
-    return [Blurred(), Apply(lambda image: image.mean((2, 3)), rate=0.1)]
-
-
-def too_deep():
-    return Apply(lambda image: image[None])
-
-
-class Net(torch.nn.Module):
-    image_size = [1, 1, 8, 8]
-    concat_channels = 1
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.mean = torch.nn.Conv2d(2, 8, 3, padding=1), torch.nn.Linear(1, 8)
-        self.last = torch.nn.Conv2d(8, 1, 3, padding=1)
-
-    def forward(self, x, t, concat, vector=None):
-        h = self.first(torch.cat([x, concat], dim=1))
-        return self.last(torch.relu(h if vector is None else h + self.mean(vector)[:, :, None, None]))
-'''
-
-
-def test_conditioners_and_a_model_of_ones_own(tmp_path, digits, run_main):
-    path, own = write_config(tmp_path / "config.py"), tmp_path / "own.py"
-    own.write_text(OWN)
-    path.write_text(path.read_text().replace('UNET | {"concat_channels": 1}', '{"name": "factory", "factory": ""}'))
-    model = [f"--config={path}", f"--config.backbone.factory={own}:Net", f"--config.cond.task={own}:make"]
-    ran = run_main(train.main, *model, f"--workdir={tmp_path / 'run'}")
-    assert ran.status == 0, ran.stderr
-    ran = run_main(sample.main, *model, f"--checkpoint={tmp_path / 'run'}", f"--images={digits}", "--seeds=0-3",
-                   f"--out={tmp_path / 'out'}", "--config.sampler.cfg_scale=1.5")
-    assert ran.status == 0, ran.stderr
-    assert Image.open(tmp_path / "out/grid.png").width == 2 + 4 * (16 * 4 + 2)  # image and original: no picture
-    without = [each for each in model if "cond.task" not in each]
-    line = refused(run_main, sample.main, *without, f"--checkpoint={tmp_path / 'run'}", f"--images={digits}",
-                   f"--out={tmp_path / 'other'}")
-    assert "holds conditioners of the user's own" in line
-    assert "weights choose no code" in line
-    line = refused(run_main, train.main, *without, f"--config.cond.task={own}:too_deep",
-                   f"--workdir={tmp_path / 'deep'}")
-    assert "Apply gives (1, 1, 1, 8, 8) float32 for b=1; want (b,) int64 labels" in line
 
 
 def test_progressive_distillation_shows_the_training_sets_conditions(trained, tmp_path, run_main):

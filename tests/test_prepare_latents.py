@@ -11,9 +11,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from prepared_features import (
+    CLASSES,
+    LEARNS,
+    contents,
+    error_of,
+    labelled,
+    learn,
+    prepare,
+    save_models,
+    texted,
+    write_coco,
+    write_image,
+    write_imagenet,
+)
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import CROSS, clip_text_model, clip_tokenizer
 
 import prepare_data
 import train
@@ -21,91 +33,21 @@ from libs import config as config_files
 from libs.codecs import KLCodec
 from libs.data import load_data, make_features
 from libs.data.feature_data import LATENTS_RECORD
-from libs.text import TextEncoder
-
-TOKENS = 9
-CLASSES = ("n01", "n02", "n07")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder with a tiny autoencoder (`vae`, latents of half the side) and a tiny CLIP text model (`clip`)."""
-    from diffusers import AutoencoderKL
-
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    AutoencoderKL(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
-                  up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4).save_pretrained(folder / "vae")
-    tokenizer = clip_tokenizer(folder / "vocabulary")
-    clip_text_model(tokenizer).save_pretrained(folder / "clip")
-    tokenizer.save_pretrained(folder / "clip")
-    return folder
-
-
-def write_image(path, seed, size=(20, 16)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, "PNG")
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
 def imagenet(tmp_path):
-    """Ten images of three classes."""
-    for i in range(10):
-        name = CLASSES[i % 3]
-        write_image(tmp_path / "imagenet" / name / f"{name}_{i}.JPEG", i)
-    return tmp_path / "imagenet"
+    return write_imagenet(tmp_path)
 
 
 @pytest.fixture
 def coco(tmp_path):
-    """Five images, named by captions.json in another order; image i has i % 2 + 1 captions."""
-    listed = {"images": [], "annotations": []}
-    for i in (3, 0, 4, 1, 2):
-        write_image(tmp_path / "coco" / f"{9 - i}.png", i)
-        listed["images"].append({"id": i, "file_name": f"{9 - i}.png"})
-        listed["annotations"] += [{"id": k, "image_id": i, "caption": f"a {'red ' * k}cat {i}"}
-                                  for k in range(i % 2 + 1)]
-    (tmp_path / "captions.json").write_text(json.dumps(listed))
-    return tmp_path / "coco"
-
-
-def labelled(models):
-    """Flags of a class-conditional latent model."""
-    return ["--config=configs/imagenet256_uvit_large.py", *_common(models), "--config.cond.num_classes=3",
-            "--config.cond.null_label=3", "--config.backbone.num_classes=4"]
-
-
-def texted(models):
-    """Flags of a text-to-image latent model."""
-    return ["--config=configs/mscoco_uvit_small.py", *_common(models), f"--config.cond.text_encoder={models}/clip",
-            f"--config.cond.tokens={TOKENS}", f"--config.backbone.num_clip_token={TOKENS}",
-            f"--config.backbone.clip_dim={CROSS}"]
-
-
-def _common(models):
-    return ["--config.compute.device=cpu", f"--config.codec.pretrained={models}/vae", "--config.data.image_size=16",
-            "--config.backbone.img_size=8"]
-
-
-def prepare(run_main, *argv):
-    """What the command printed."""
-    ran = run_main(prepare_data.main, *argv)
-    assert ran.status == 0, ran.stderr
-    return ran.stdout
-
-
-def error_of(ran):
-    assert (ran.status, ran.stdout) == (2, ""), ran
-    [line] = [line for line in ran.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in ran.stderr
-    return line.removeprefix("error: ")
-
-
-def contents(folder):
-    """Every file below a folder, but for what readers keep there."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and not path.name.startswith((".moments", ".labels"))}
+    return write_coco(tmp_path)
 
 
 # ---- latents
@@ -151,19 +93,6 @@ def test_flips_and_limit_are_what_the_flags_say(run_main, tmp_path, models, imag
     prepare(run_main, *argv, *unlabelled, "--flips", f"--out={tmp_path}/none")
     data = load_data("features", tmp_path / "none")
     assert (len(data), data.labels) == (20, None)
-
-
-LEARNS = ("--config.backbone.embed_dim=16", "--config.backbone.depth=2", "--config.backbone.num_heads=2",
-          "--config.backbone.conv=False", "--config.compute.precision=fp32", "--config.train.steps=3",
-          "--config.train.batch_size=4", "--config.train.log_every=1", "--config.train.preview_every=0",
-          "--config.train.warmup=0", "--config.sampler.steps=4")
-
-
-def learn(run_main, workdir, *argv):
-    """The losses of a training."""
-    ran = run_main(train.main, *argv, *LEARNS, f"--workdir={workdir}")
-    assert ran.status == 0, ran.stderr
-    return [json.loads(line)["loss"] for line in (workdir / "stats.jsonl").read_text().splitlines()]
 
 
 def test_training_on_features_is_training_on_the_images(run_main, tmp_path, models, imagenet):
@@ -241,84 +170,6 @@ def test_two_processes_write_what_one_does(run_main, tmp_path, models, imagenet,
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == printed.replace("/one", "/two")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-
-
-# ---- texts
-
-
-def test_texts_and_latents_of_captions(run_main, tmp_path, models, coco):
-    out, captions = tmp_path / "features", f"--captions={tmp_path}/captions.json"
-    printed = prepare(run_main, "latents", *texted(models), captions, f"--images={coco}", f"--out={out}")
-    assert printed == f"{out}/train: latents of 5 images\n"
-    assert prepare(run_main, "text", *texted(models), captions, f"--out={out}") == \
-        f"{out}/train: 7 captions of 5 images\n"
-    (tmp_path / "prompts.txt").write_text("a red sea\n\nthe dog\n")
-    assert prepare(run_main, "text", *texted(models), f"--prompts={tmp_path}/prompts.txt", f"--out={out}") == \
-        f"{out}/run_vis: 2 prompts\n"
-
-    data, encoder = load_data("features", out), TextEncoder(str(models / "clip"), TOKENS)
-    images = torch.stack([torch.from_numpy(np.array(Image.open(coco / f"{9 - i}.png").crop((2, 0, 18, 16))))
-                          for i in range(5)])
-    moments, labels = data.batch(torch.arange(5))
-    torch.testing.assert_close(moments, KLCodec(str(models / "vae"), 0.5).moments(images), rtol=1e-5, atol=1e-5)
-    assert labels is None
-    draws = torch.tensor([0.1, 0.9, 0.1, 0.1, 0.1], dtype=torch.float64)
-    assert torch.equal(data.contexts(torch.arange(5), draws),
-                       encoder(["a cat 0", "a red cat 1", "a cat 2", "a cat 3", "a cat 4"]))
-    assert torch.equal(data.empty_context, encoder([""])[0])
-    assert [prompt for prompt, _ in data.prompts] == ["a red sea", "the dog"]
-    assert torch.equal(torch.stack([context for _, context in data.prompts]), encoder(["a red sea", "the dog"]))
-    prompt, context = np.load(out / "run_vis" / "1.npy", allow_pickle=True)  # as U-ViT's reader does it
-    assert (prompt, context.shape) == ("the dog", (TOKENS, CROSS))
-
-    losses = learn(run_main, tmp_path / "run", *texted(models), "--config.data.name=features",
-                   f"--config.data.path={out}")
-    assert all(np.isfinite(losses))
-
-
-def test_val_is_the_other_part(run_main, tmp_path, models, coco):
-    out, captions = tmp_path / "features", f"--captions={tmp_path}/captions.json"
-    argv = [*texted(models), captions, "--split=val", "--limit=2", f"--out={out}"]
-    prepare(run_main, "latents", *argv, f"--images={coco}")
-    assert prepare(run_main, "text", *argv) == f"{out}/val: 3 captions of 2 images\n"
-    data = load_data("features", out, split="test")
-    assert len(data) == 2
-    assert [len(files) for files in data.captions] == [1, 2]
-
-
-def test_texts_go_on_and_other_texts_do_not(run_main, tmp_path, models, coco, monkeypatch):
-    argv = ["text", *texted(models), f"--captions={tmp_path}/captions.json", f"--out={tmp_path}/features"]
-    monkeypatch.setattr(make_features, "GROUP", 2)
-    write, written = make_features.write_feature, []
-
-    def interrupted(*args):
-        written.append(args)
-        if len(written) == 5:
-            raise KeyboardInterrupt
-        write(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(make_features, "write_feature", interrupted)
-        assert run_main(prepare_data.main, *argv).status == 130
-    asked, call = [], TextEncoder.__call__
-    monkeypatch.setattr(TextEncoder, "__call__", lambda self, texts: asked.extend(texts) or call(self, texts))
-    prepare(run_main, *argv)
-    assert asked == ["a cat 3", "a red cat 3", "a cat 4", ""]
-    assert error_of(run_main(prepare_data.main, *argv, "--config.cond.tokens=8")) == \
-        f"--out: the features in {tmp_path}/features/train were made with tokens=9, not 8; choose another folder"
-    (tmp_path / "captions.json").write_text((tmp_path / "captions.json").read_text().replace("a cat 4", "a dog 4"))
-    assert "were made from other texts; choose another folder" in error_of(run_main(prepare_data.main, *argv))
-    prompts = ["text", *texted(models), "--prompts=a cat", f"--out={tmp_path}/features", "--config.cond.tokens=8"]
-    told = error_of(run_main(prepare_data.main, *prompts))
-    assert told.endswith("empty_context.npy is the empty text of another text encoder; choose another folder")
-
-
-def test_fewer_prompts_do_not_mix_with_more(run_main, tmp_path, models):
-    for count in 2, 1:
-        (tmp_path / "prompts.txt").write_text("a cat\n" * count)
-        ran = run_main(prepare_data.main, "text", *texted(models), f"--prompts={tmp_path}/prompts.txt",
-                       f"--out={tmp_path}/features")
-    assert "run_vis holds 1 prompts more than there are now" in error_of(ran)
 
 
 # ---- mistakes
