@@ -55,11 +55,16 @@ def layer_maps(net: UViT, x, t, more) -> list[torch.Tensor]:
     return maps
 
 
+def certainty_maps(net: UViT, layer: int, tokens: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
+    """(b, patches, p1 p2 c): what the head of one layer (0 is the first) says of its tokens."""
+    return net.lte_classifer(tokens[None], time, layer)[0, :, net.extras:]
+
+
 @torch.no_grad()
 def certainties(net: UViT, x, t, more) -> torch.Tensor:
     """(layers, b): the mean certainty of each row."""
     maps, time = layer_maps(net, x, t, more), net.uem_time(t)
-    return torch.stack([net.certainty(i, tokens, time).mean(dim=(1, 2)) for i, tokens in enumerate(maps)])
+    return torch.stack([certainty_maps(net, i, tokens, time).mean(dim=(1, 2)) for i, tokens in enumerate(maps)])
 
 
 @torch.no_grad()
@@ -69,14 +74,14 @@ def mix_exits(net: UViT, x, t, more, threshold: float = THRESHOLD) -> None:
     staying = torch.ones(len(x), dtype=torch.bool)
     for i, head in enumerate(net.lte_classifer):
         nn.init.zeros_(head.lte.bias)
-        logits, (low, high) = net.certainty(i, maps[i], time).logit(), (-9.0, 9.0)
+        logits, (low, high) = certainty_maps(net, i, maps[i], time).logit(), (-9.0, 9.0)
         share = int(staying.sum()) // (len(maps) - i)
         for _ in range(30):
             bias = (low + high) / 2
             sure = ((logits + bias).sigmoid().mean(dim=(1, 2)) > threshold) & staying
             low, high = (bias, high) if sure.sum() < share else (low, bias)
         nn.init.constant_(head.lte.bias, high + 1e-4)
-        staying &= net.certainty(i, maps[i], time).mean(dim=(1, 2)) <= threshold
+        staying &= certainty_maps(net, i, maps[i], time).mean(dim=(1, 2)) <= threshold
 
 
 def digits_checkpoint(folder: Path) -> Path:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
+from image_condition_runs import refused, save_digits
 from tiny_training import assert_equal_runs
 
 import eval as eval_script
@@ -16,7 +16,6 @@ from libs import config as config_files
 from libs.backbones.concat import add_concat_channels, without_concat
 from libs.checkpoint import build_backbone, load_backbone, read, resolve, save_backbone
 from libs.data import hold_out, load_learned, load_section
-from libs.data.images import save_png
 from libs.errors import UserError
 from libs.processes import Processes
 from libs.training import start_network
@@ -54,13 +53,6 @@ OF_IMAGES = 'kind="image", task="super_resolution", factor=2, drop=0.2'
 def wide(kind, channels=1):
     section = SECTIONS[kind] | {"concat_channels": channels}
     return section | ({"in_channels": 1 + channels} if kind == "unet2d" else {})
-
-
-def refused(run_main, main, *argv):
-    ran = run_main(main, *argv)
-    assert ran.status == 2, ran.stderr
-    [line] = [line for line in ran.stderr.splitlines() if line.startswith("error")]
-    return line
 
 
 def write_config(path, backbone, cond=OF_IMAGES):
@@ -115,9 +107,7 @@ def trained(request, tmp_path_factory):
 
 def test_sample_evaluate_and_train_on(trained, tmp_path, run_main):
     kind, path, first, run = trained
-    digits = tmp_path / "digits"
-    for i, image in enumerate(load_digits().images[:5]):
-        save_png(digits / f"{i}.png", torch.tensor(image * (255 / 16)).round().to(torch.uint8)[:, :, None])
+    digits = save_digits(tmp_path / "digits")
     command = [f"--config={path}", f"--checkpoint={run}", f"--images={digits}", "--seeds=0-4"]
     for steps in (1, 2):
         ran = run_main(eval_script.main, *command, f"--config.sampler.steps={steps}", f"--out={tmp_path / 'psnr.json'}")

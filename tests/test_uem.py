@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exit_networks import certainty_maps
 from torch.nn import functional
 
 import sample
@@ -49,7 +50,7 @@ def one_after_another(net, args, cond):
         if layer < half:
             skips.append(tokens)
         out.append(net.head(tokens))
-        maps = net.certainty(layer, tokens.detach(), net.uem_time(args[1]))
+        maps = certainty_maps(net, layer, tokens.detach(), net.uem_time(args[1]))
         certainty.append(net.unpatchify(maps))
     return torch.stack(out), torch.stack(certainty)
 
@@ -77,7 +78,7 @@ def test_certainty_is_a_sigmoid_of_one_linear_map(form):
             embedding = uvit.timestep_embedding(time, 64)
             features = torch.cat([features, embedding[:, None].expand_as(features)], dim=-1)
         expected = functional.linear(features, head.lte.weight, head.lte.bias).sigmoid()
-        certainty = net.certainty(layer, tokens, net.uem_time(time))
+        certainty = certainty_maps(net, layer, tokens, net.uem_time(time))
         assert certainty.shape == (2, 4, 48)
         torch.testing.assert_close(certainty, expected, atol=1e-6, rtol=0)
     assert (net.uem_time(time) is None) == (form == "released")
@@ -100,7 +101,7 @@ def test_rows_are_as_certain_as_their_patches(form):
     tokens, time = torch.randn(3, 2 + 4, 64), net.uem_time(torch.tensor([3.0, 400.0, 900.0]))
     ask = net.mean_certainty()
     for layer in range(5):
-        expected = net.certainty(layer, tokens, time).mean(dim=(1, 2)).tolist()
+        expected = certainty_maps(net, layer, tokens, time).mean(dim=(1, 2)).tolist()
         assert ask(layer, tokens, time) == pytest.approx(expected, abs=1e-6)
         assert ask(layer, tokens[1:], time if time is None else time[1:]) == pytest.approx(expected[1:], abs=1e-6)
 

@@ -139,7 +139,7 @@ class UViT(nn.Module):
     how certain that is: two tensors (layers, b, c, h, w), see `every_head`.
 
     A policy may walk the sub-passes itself: `embed`, then `in_blocks`, `mid_block`, `out_blocks`
-    (or `block_list()`), then `head`, with `certainty` after any block.
+    (or `block_list()`), then `head`, with what `mean_certainty()` gives after any block.
     """
 
     def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768,
@@ -259,16 +259,10 @@ class UViT(nn.Module):
             return None
         return timestep_embedding(timesteps, self.embed_dim)
 
-    def certainty(self, layer: int, tokens: Tensor, time: Tensor | None = None) -> Tensor:
-        """How certain `head(tokens)` is, by the uncertainty head of `layer` (0 is the first block's).
-
-        tokens (b, extras + patches, d) after that block, time what `uem_time` gives; returns (b, patches, p1 p2 c) in
-        float32, from 0 to 1. `unpatchify` makes maps of it.
-        """
-        return self.lte_classifer(tokens[None], time, layer)[0, :, self.extras:]
-
     def mean_certainty(self) -> MeanCertainty:
-        """Asks the uncertainty heads for one number a row, with the weights that they have now."""
+        """Asks the uncertainty head of any layer how certain `head(tokens)` is, one number a row, with the weights that
+        the heads have now.
+        """
         return MeanCertainty(self.lte_classifer, self.extras)
 
     def layers(self, tokens: Tensor) -> Iterator[Tensor]:

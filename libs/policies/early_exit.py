@@ -248,7 +248,7 @@ class PerSample(EarlyExitPolicy):
         def decide(certainty: list[float]) -> list[bool]:
             sure = [each > threshold for each in certainty]
             half = len(sure) // 2
-            return [both == (True, True) for both in zip(sure[:half], sure[half:], strict=True)] * 2 if pairs else sure
+            return [all(both) for both in zip(sure[:half], sure[half:], strict=True)] * 2 if pairs else sure
 
         return decide
 
